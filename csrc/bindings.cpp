@@ -1,0 +1,199 @@
+// The only file that knows Python. Each function takes addresses and sizes, picks the ISA level
+// and releases the GIL; checks and allocation are the Python wrappers' business (fastxkd/ops).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using fxk::kNoMemory;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+enum Level : int { kBaseline = 0, kAVX2 = 1, kAVX512 = 2 };
+
+int best_level() {
+#if defined(FXK_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return kAVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAVX2;
+#endif
+  return kBaseline;
+}
+
+// The implementation of `fn` for a level; other processors have the baseline alone.
+#if defined(FXK_X86)
+#define FXK_AT(level, fn) \
+  ((level) == kAVX512 ? &fxk::avx512::fn : (level) == kAVX2 ? &fxk::avx2::fn : &fxk::baseline::fn)
+#else
+#define FXK_AT(level, fn) (&fxk::baseline::fn)
+#endif
+
+int64_t checked(int64_t status) {
+  if (status == kNoMemory) throw std::bad_alloc();
+  return status;
+}
+
+int64_t kd_loss(int level, int threads, Address student, Address teacher, Address labels,
+                Address class_weight, Address grad, Address loss, Address parts, int64_t rows,
+                int64_t classes, int64_t student_stride, int64_t teacher_stride, double temperature,
+                double ce_weight, double kd_weight, double label_smoothing, int64_t ignore_index,
+                int reduction, int dtype) {
+  fxk::KDLossArgs a{};
+  a.student = pointer<void>(student);
+  a.teacher = pointer<void>(teacher);
+  a.labels = pointer<int64_t>(labels);
+  a.class_weight = pointer<double>(class_weight);
+  a.grad = pointer<void>(grad);
+  a.loss = pointer<void>(loss);
+  a.parts = pointer<void>(parts);
+  a.rows = rows;
+  a.classes = classes;
+  a.student_stride = student_stride;
+  a.teacher_stride = teacher_stride;
+  a.temperature = temperature;
+  a.ce_weight = ce_weight;
+  a.kd_weight = kd_weight;
+  a.label_smoothing = label_smoothing;
+  a.ignore_index = ignore_index;
+  a.reduction = reduction;
+  a.dtype = dtype;
+  py::gil_scoped_release release;
+  return checked(FXK_AT(level, kd_loss)(a, threads));
+}
+
+void kd_loss_scale(int level, int threads, Address grad, Address upstream, int64_t rows,
+                   int64_t cols, bool per_row, int dtype) {
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, kd_loss_scale)(pointer<void>(grad), pointer<void>(upstream), rows, cols,
+                                       per_row, dtype, threads));
+}
+
+// sizes: n, channels, height, width, out_height, out_width; strides: (n, c, p) of activations,
+// then of gradients.
+void cam(int level, int threads, Address activations, Address gradients, Address out,
+         const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int method,
+         bool relu, int normalize, int dtype) {
+  if (sizes.size() != 6 || strides.size() != 6)
+    throw std::invalid_argument("cam: expected six sizes and six strides");
+  fxk::CamArgs a{};
+  a.activations = pointer<void>(activations);
+  a.gradients = pointer<void>(gradients);
+  a.out = pointer<void>(out);
+  a.n = sizes[0];
+  a.channels = sizes[1];
+  a.height = sizes[2];
+  a.width = sizes[3];
+  a.out_height = sizes[4];
+  a.out_width = sizes[5];
+  a.activation_stride_n = strides[0];
+  a.activation_stride_c = strides[1];
+  a.activation_stride_p = strides[2];
+  a.gradient_stride_n = strides[3];
+  a.gradient_stride_c = strides[4];
+  a.gradient_stride_p = strides[5];
+  a.method = method;
+  a.relu = relu;
+  a.normalize = normalize;
+  a.dtype = dtype;
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, cam)(a, threads));
+}
+
+void cam_backward(int level, int threads, Address activations, Address gradients, Address upstream,
+                  Address grad_activations, Address grad_gradients, int64_t n, int64_t channels,
+                  int64_t plane, int method, int dtype) {
+  fxk::CamBackwardArgs a{};
+  a.activations = pointer<void>(activations);
+  a.gradients = pointer<void>(gradients);
+  a.upstream = pointer<void>(upstream);
+  a.grad_activations = pointer<void>(grad_activations);
+  a.grad_gradients = pointer<void>(grad_gradients);
+  a.n = n;
+  a.channels = channels;
+  a.plane = plane;
+  a.method = method;
+  a.dtype = dtype;
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, cam_backward)(a, threads));
+}
+
+void distance_tile(int level, int threads, const std::vector<int64_t>& grams,
+                   const std::vector<int64_t>& row_features,
+                   const std::vector<int64_t>& col_features, const std::vector<int64_t>& widths,
+                   Address row_norms, Address col_norms, Address products, Address row_sums,
+                   int64_t rows, int64_t cols, int64_t row_offset, int64_t col_offset,
+                   int64_t row_sums_stride, bool diagonal, int dtype) {
+  if (row_features.size() != grams.size() || col_features.size() != grams.size() ||
+      widths.size() != grams.size())
+    throw std::invalid_argument("distance_tile: one address and one width per matrix");
+  fxk::DistanceTileArgs a{};
+  a.matrices = (int64_t)grams.size();
+  a.rows = rows;
+  a.cols = cols;
+  a.grams = grams.data();
+  a.row_features = row_features.data();
+  a.col_features = col_features.data();
+  a.widths = widths.data();
+  a.row_norms = pointer<void>(row_norms);
+  a.col_norms = pointer<void>(col_norms);
+  a.products = pointer<double>(products);
+  a.row_sums = pointer<double>(row_sums);
+  a.row_offset = row_offset;
+  a.col_offset = col_offset;
+  a.row_sums_stride = row_sums_stride;
+  a.diagonal = diagonal;
+  a.dtype = dtype;
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, distance_tile)(a, threads));
+}
+
+void distance_grad_tile(int level, int threads, const std::vector<int64_t>& distances,
+                        const std::vector<int64_t>& outputs, Address grad_products,
+                        Address grad_row_sums, int64_t rows, int64_t cols, int64_t row_offset,
+                        int64_t col_offset, int64_t grad_row_sums_stride, int dtype) {
+  if (outputs.size() != distances.size())
+    throw std::invalid_argument("distance_grad_tile: one output address per matrix");
+  fxk::DistanceGradTileArgs a{};
+  a.matrices = (int64_t)distances.size();
+  a.rows = rows;
+  a.cols = cols;
+  a.distances = distances.data();
+  a.outputs = outputs.data();
+  a.grad_products = pointer<double>(grad_products);
+  a.grad_row_sums = pointer<double>(grad_row_sums);
+  a.row_offset = row_offset;
+  a.col_offset = col_offset;
+  a.grad_row_sums_stride = grad_row_sums_stride;
+  a.dtype = dtype;
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, distance_grad_tile)(a, threads));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  m.doc() = "CPU kernels of fastxkd: raw addresses in, raw addresses out. Private.";
+  m.def("best_level", &best_level, "Index of the highest ISA level this processor runs.");
+  m.attr("LEVELS") = py::make_tuple("baseline", "avx2", "avx512");
+  m.def("kd_loss", &kd_loss);
+  m.def("kd_loss_scale", &kd_loss_scale);
+  m.def("cam", &cam);
+  m.def("cam_backward", &cam_backward);
+  m.def("distance_tile", &distance_tile);
+  m.def("distance_grad_tile", &distance_grad_tile);
+}

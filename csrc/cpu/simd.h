@@ -1,0 +1,139 @@
+// What the CPU kernels share. Every function here is static: the same file is compiled once per
+// ISA level, and the linker must never pick an AVX-512 copy for a baseline caller. For the same
+// reason nothing from namespace std:: that could leave a weak symbol behind is used.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../ops.h"
+
+#ifndef FXK_ISA
+#define FXK_ISA baseline
+#endif
+
+#define FXK_INLINE static inline __attribute__((always_inline))
+
+namespace fxk {
+namespace FXK_ISA {
+
+constexpr int64_t kBlock = 512;  // elements summed in single precision before going to double
+
+// 16-bit floats are stored in types of their own so that overloads can tell them apart.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+FXK_INLINE float as_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, sizeof f);
+  return f;
+}
+FXK_INLINE uint32_t as_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, sizeof u);
+  return u;
+}
+
+FXK_INLINE float load(const float* p) { return *p; }
+FXK_INLINE double load(const double* p) { return *p; }
+FXK_INLINE float load(const BFloat16* p) { return as_float((uint32_t)p->bits << 16); }
+FXK_INLINE float load(const Float16* p) {
+  const uint32_t h = p->bits;
+  const uint32_t sign = (h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  // Rebias the exponent by a multiplication, which turns subnormals into normals on the way;
+  // infinities and NaN keep an all-ones exponent.
+  const float scaled = as_float(magnitude << 13) * as_float((254u - 15u) << 23);
+  const uint32_t special = as_bits(scaled) | 0x7f800000u;
+  return as_float((magnitude >= 0x7c00u ? special : as_bits(scaled)) | sign);
+}
+
+FXK_INLINE void store(float* p, float v) { *p = v; }
+FXK_INLINE void store(double* p, double v) { *p = v; }
+FXK_INLINE void store(BFloat16* p, float v) {
+  const uint32_t u = as_bits(v);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  p->bits = (uint16_t)(v != v ? 0x7fc0u : rounded);
+}
+FXK_INLINE void store(Float16* p, float v) {
+  const uint32_t u = as_bits(v);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  const uint32_t magnitude = u & 0x7fffffffu;
+  // Normal results: round the 13 dropped bits to nearest even in integer arithmetic.
+  const uint32_t odd = (magnitude >> 13) & 1u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + odd) >> 13;
+  // Subnormal results: adding 0.5 lines the mantissa up so that the FPU does the rounding.
+  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  p->bits = (uint16_t)(half | sign);
+}
+
+// The arithmetic type of a storage type.
+template <class S>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+// exp for x <= 0 (and NaN): 2^k * e^r with |r| <= ln(2)/2, the polynomial fitted for relative
+// error 3e-9, so that what is left is rounding: below 1.2e-7. Exactly 0 below -87.
+FXK_INLINE float exp_nonpositive(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to nearest
+  const float k = shifted - 12582912.0f;
+  const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;  // ln 2 in two pieces
+  float p = 0x1.6a2434p-10f;
+  p = p * r + 0x1.1239e2p-7f;
+  p = p * r + 0x1.5558f2p-5f;
+  p = p * r + 0x1.555492p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  p = p * r * r + r + 1.0f;
+  const float scaled = as_float(as_bits(p) + ((as_bits(shifted) - as_bits(12582912.0f)) << 23));
+  // A NaN argument leaves arbitrary bits in the scaled value; hand the NaN itself on.
+  const float finite = x != x ? x : scaled;
+  return x < -87.0f ? 0.0f : finite;
+}
+FXK_INLINE double exp_nonpositive(double x) { return exp(x); }
+
+// Scratch of one kernel call, allocated before any parallel region so that a failure can throw.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : data_(nullptr) {
+    if (posix_memalign(&data_, 64, bytes ? bytes : 64) != 0) data_ = nullptr;
+  }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  bool ok() const { return data_ != nullptr; }
+  template <class T>
+  T* as(size_t byte_offset = 0) const {
+    return reinterpret_cast<T*>(static_cast<char*>(data_) + byte_offset);
+  }
+
+ private:
+  void* data_;
+};
+
+FXK_INLINE size_t align64(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+
+// Threads worth waking for this much work: a region costs microseconds, and tens of milliseconds
+// when the cores are taken, so small calls stay on the caller's thread.
+FXK_INLINE int useful_threads(int threads, int64_t elements, int64_t tasks) {
+  const int64_t by_work = elements / 16384;
+  int64_t n = threads < by_work ? threads : by_work;
+  n = n < tasks ? n : tasks;
+  return n < 1 ? 1 : (int)n;
+}
+
+}  // namespace FXK_ISA
+}  // namespace fxk

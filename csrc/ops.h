@@ -1,0 +1,102 @@
+// The C ABI of the kernels: one struct and one function per operator. Raw pointers, sizes and
+// element strides only; the caller owns every buffer for the length of the call.
+#pragma once
+#include <cstdint>
+
+namespace fxk {
+
+enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+struct KDLossArgs {
+  const void* student;         // [rows, classes], classes contiguous
+  const void* teacher;         // [rows, classes], classes contiguous
+  const int64_t* labels;       // [rows] or null
+  const double* class_weight;  // [classes] or null
+  void* grad;                  // [rows, classes] contiguous, or null: evaluation
+  void* loss;                  // [1] or [rows]; float64 for float64 logits, else float32
+  void* parts;                 // [2] or [2, rows]: hard, soft
+  int64_t rows, classes, student_stride, teacher_stride;
+  double temperature, ce_weight, kd_weight, label_smoothing;
+  int64_t ignore_index;
+  int reduction;  // 0 none, 1 sum, 2 mean over the rows that count
+  int dtype;
+};
+
+enum CamMethod : int {
+  kGradCAM = 0,
+  kHiResCAM = 1,
+  kLayerCAM = 2,
+  kGradCAMPlusPlus = 3,
+  kXGradCAM = 4,
+  kWeights = 5  // `gradients` already holds one weight per channel
+};
+
+struct CamArgs {
+  const void* activations;  // [n, channels, plane]: plane contiguous or channels contiguous
+  const void* gradients;    // the same layout; [n, channels] for kWeights
+  void* out;                // [n, out_height, out_width]; float64 for float64 input, else float32
+  int64_t n, channels, height, width, out_height, out_width;
+  int64_t activation_stride_n, activation_stride_c, activation_stride_p;
+  int64_t gradient_stride_n, gradient_stride_c, gradient_stride_p;
+  int method;
+  int relu;
+  int normalize;  // 0 none, 1 min-max before resizing, 2 before and after
+  int dtype;
+};
+
+struct CamBackwardArgs {
+  const void* activations;  // [n, channels, plane] contiguous
+  const void* gradients;    // [n, channels, plane] contiguous; [n, channels] for kWeights
+  const void* upstream;     // [n, plane] contiguous, dtype of the raw map
+  void* grad_activations;   // like activations
+  void* grad_gradients;     // like gradients
+  int64_t n, channels, plane;
+  int method, dtype;
+};
+
+struct DistanceTileArgs {
+  int64_t matrices, rows, cols;
+  const int64_t* grams;         // [matrices] addresses of [rows, cols]: Gram in, distance out
+  const int64_t* row_features;  // [matrices] addresses of [rows, widths[k]] contiguous
+  const int64_t* col_features;  // [matrices] addresses of [cols, widths[k]] contiguous
+  const int64_t* widths;        // [matrices]
+  const void* row_norms;        // [matrices, rows] squared norms of the features
+  const void* col_norms;        // [matrices, cols]
+  double* products;             // [matrices, matrices], accumulated into; null: distances only
+  double* row_sums;             // [matrices, row_sums_stride], accumulated into
+  int64_t row_offset, col_offset, row_sums_stride;
+  int diagonal;  // the tile lies on the diagonal: rows and columns are the same
+  int dtype;     // kFloat32 or kFloat64
+};
+
+struct DistanceGradTileArgs {
+  int64_t matrices, rows, cols;
+  const int64_t* distances;     // [matrices] addresses of [rows, cols]
+  const int64_t* outputs;       // [matrices] addresses of [rows, cols], or 0: not wanted
+  const double* grad_products;  // [matrices, matrices]
+  const double* grad_row_sums;  // [matrices, grad_row_sums_stride]
+  int64_t row_offset, col_offset, grad_row_sums_stride;
+  int dtype;
+};
+
+// What every kernel returns: kOk, kNoMemory, or the row whose label lies outside the classes.
+enum Status : int64_t { kOk = -1, kNoMemory = -2 };
+
+// kd_loss_scale: grad *= upstream, row by row when per_row; returns at once where every factor is
+// one. distance_tile, distance_grad_tile: one tile of the sweep over pairs, see distance.cpp.
+#define FXK_DECLARE(level)                                                                         \
+  namespace level {                                                                                \
+  int64_t kd_loss(const KDLossArgs&, int threads);                                                 \
+  int64_t kd_loss_scale(void* grad, const void* upstream, int64_t rows, int64_t cols, int per_row, \
+                        int dtype, int threads);                                                   \
+  int64_t cam(const CamArgs&, int threads);                                                        \
+  int64_t cam_backward(const CamBackwardArgs&, int threads);                                       \
+  int64_t distance_tile(const DistanceTileArgs&, int threads);                                     \
+  int64_t distance_grad_tile(const DistanceGradTileArgs&, int threads);                            \
+  }
+FXK_DECLARE(baseline)
+FXK_DECLARE(avx2)
+FXK_DECLARE(avx512)
+#undef FXK_DECLARE
+
+}  // namespace fxk

@@ -1,0 +1,174 @@
+"""What the operators share: the ``torch.library``, and which kernel serves a call.
+
+The choice is made at run time, inside the operator, so it holds in compiled code as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# torch comes first: its OpenMP runtime must be the one that the extension finds in the process.
+
+
+def _extension(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"fastxkd.{name}")
+    except ImportError:
+        return None
+
+
+_cpu = _extension("_cpu")
+_cuda = _extension("_cuda")
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+OPERATORS = ("kd_loss", "cam", "distance")
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+library = torch.library.Library("fastxkd", "DEF")
+
+
+class _Choice(NamedTuple):
+    backend: str
+    level: str | None
+
+
+def _choice(backend: str, level: str | None) -> _Choice:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if level is None:
+        return _Choice(backend, None)
+    if backend not in ("cpu", "auto"):
+        raise ValueError(f"isa: only the 'cpu' backend has ISA levels, got backend {backend!r}")
+    if level not in isa_levels():
+        raise ValueError(
+            f"isa: this build and processor run {', '.join(isa_levels()) or 'none'}, got {level!r}"
+        )
+    return _Choice(backend, level)
+
+
+def isa_levels() -> tuple[str, ...]:
+    """ISA levels of the C++ kernels that this processor can run, lowest first."""
+    return () if _cpu is None else tuple(_cpu.LEVELS[: _cpu.best_level() + 1])
+
+
+_forced: ContextVar[_Choice | None] = ContextVar("fastxkd_backend", default=None)
+_from_environment = _choice(
+    os.environ.get("FASTXKD_BACKEND") or "auto", os.environ.get("FASTXKD_ISA") or None
+)
+
+
+def current_choice() -> _Choice:
+    return _forced.get() or _from_environment
+
+
+@contextmanager
+def use_backend(name: str, *, isa: str | None = None) -> Iterator[None]:
+    """Run the operators on one backend within a ``with`` block (this thread or task only).
+
+    Args:
+        name: ``"auto"`` (the fastest that is there), ``"cpu"`` (C++), ``"cuda"``, ``"triton"`` or
+            ``"reference"`` (plain torch, any device).
+        isa: for ``"cpu"``: ``"baseline"``, ``"avx2"`` or ``"avx512"`` instead of the best level.
+
+    The environment variables ``FASTXKD_BACKEND`` and ``FASTXKD_ISA`` set the default of a process.
+
+    Raises:
+        ValueError: an unknown name, or an ISA level that this machine does not run.
+        RuntimeError: at the call of an operator for which the forced backend has no kernel.
+
+    >>> import torch, fastxkd
+    >>> with fastxkd.use_backend("reference"):
+    ...     loss = fastxkd.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 2]))
+    >>> round(loss.item(), 4)
+    0.1099
+    """
+    token = _forced.set(_choice(name, isa))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _serve(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernel that serves a call under the current choice, and why."""
+    forced = current_choice().backend
+    if forced in ("cuda", "triton"):
+        raise RuntimeError(
+            f"use_backend({forced!r}): {operator} has no {forced} kernel in this version; "
+            "use 'auto', 'cpu' or 'reference'"
+        )
+    if forced == "reference":
+        return "reference", "asked for"
+    if device != "cpu":
+        why = f"no kernel for {device} tensors in this version"
+    elif _cpu is None:
+        why = "the C++ extension is not built: installed without a compiler"
+    elif dtype not in DTYPES:
+        why = f"the C++ kernels do not take {dtype}"
+    else:
+        level = current_choice().level or isa_levels()[-1]
+        return "cpu", "asked for" if forced == "cpu" else f"C++, {level}"
+    if forced == "cpu":
+        raise RuntimeError(f"use_backend('cpu'): cannot serve {operator}: {why}")
+    return "reference", why
+
+
+def serve(operator: str, tensor: Tensor) -> str:
+    return _serve(operator, tensor.device.type, tensor.dtype)[0]
+
+
+def kernels() -> tuple[ModuleType, int, int]:
+    """The C++ module, the index of the ISA level to run and the number of threads."""
+    assert _cpu is not None
+    level = current_choice().level
+    index = _cpu.best_level() if level is None else _cpu.LEVELS.index(level)
+    return _cpu, index, torch.get_num_threads()
+
+
+class Backend(NamedTuple):
+    """A row of :func:`backends`."""
+
+    operator: str
+    device: str
+    kernel: str
+    reason: str
+
+
+def backends() -> list[Backend]:
+    """Which kernel serves each operator on each device of this machine, and why.
+
+    >>> import fastxkd
+    >>> sorted({row.operator for row in fastxkd.backends()})
+    ['cam', 'distance', 'kd_loss']
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for operator in OPERATORS:
+        for device in devices:
+            try:
+                kernel, reason = _serve(operator, device, torch.float32)
+            except RuntimeError as error:
+                kernel, reason = "none", str(error)
+            rows.append(Backend(operator, device, kernel, reason))
+    return rows
+
+
+def define(schema: str, fake: Callable[..., object]) -> Callable[[Callable[..., object]], str]:
+    """Decorator: register a function as ``fastxkd::<schema>`` for every device."""
+
+    def register(kernel: Callable[..., object]) -> str:
+        name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastxkd::{name}", fake, lib=library)
+        return name
+
+    return register
