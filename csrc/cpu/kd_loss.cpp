@@ -10,6 +10,12 @@ namespace fxk {
 namespace FXK_ISA {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Rows are worked on in whole vectors: what is left of a row after the last multiple of kLanes goes
+// through buffers padded with -inf, whose exponentials are 0, and the same vector code.
+constexpr int64_t kLanes = 16;
+
 template <class S>
 struct Row {
   using F = typename Compute<S>::type;
@@ -17,7 +23,7 @@ struct Row {
   const S* t;
   S* grad;
   int64_t label;
-  F* exp_student;  // scratch [classes] each
+  F* exp_student;  // scratch [classes rounded up to kLanes] each
   F* exp_teacher;
   F* exp_hard;
 };
@@ -26,75 +32,206 @@ struct RowLoss {
   double hard, soft;
 };
 
+struct Sums {
+  double hard, student, teacher, dot;
+};
+
+// z = (x - shift) * factor. With a fused multiply-add that is one instruction: the product is
+// exact, and the rounding of the offset is common to the row, where it cancels against the row's
+// sum.
+template <class F>
+struct Exponent {
+  F shift, factor, offset;
+  Exponent(F shift_, double factor_) : shift(shift_), factor((F)factor_), offset(-shift * factor) {}
+  inline __attribute__((always_inline)) F operator()(F x) const {
+#if defined(__FMA__)
+    return x * factor + offset;
+#else
+    return (x - shift) * factor;
+#endif
+  }
+  // The shift in effect, that rounding included.
+  double exact_shift() const {
+#if defined(__FMA__)
+    return -(double)offset / (double)factor;
+#else
+    return (double)shift;
+#endif
+  }
+};
+
+template <class F>
+struct Exponents {
+  Exponent<F> student, teacher, hard;
+};
+
+template <class S>
+FXK_INLINE void padded_tail(const S* x, int64_t n, S* tail) {
+  using F = typename Compute<S>::type;
+  for (int64_t j = 0; j < kLanes; ++j) store(tail + j, -(F)INFINITY);
+  memcpy((void*)tail, (const void*)x, sizeof(S) * (size_t)n);
+}
+
 template <class F, int kPower>
-FXK_INLINE F hard_exponential(F soft, F shifted) {
+FXK_INLINE F hard_exponential(F soft, F hard_z) {
   if (kPower == 1) return soft;
   if (kPower == 2) return soft * soft;
   if (kPower == 3) return soft * soft * soft;
   if (kPower == 4) return (soft * soft) * (soft * soft);
-  return exp_nonpositive(shifted);
+  return exp2_nonpositive(hard_z);
+}
+
+// The maximum over a multiple of kLanes, in four independent chains: one would wait for itself.
+template <class S>
+FXK_INLINE typename Compute<S>::type vector_max(const S* x, int64_t n) {
+  using F = typename Compute<S>::type;
+  const int64_t quarter = (n / 4) & ~(kLanes - 1);
+  F m0 = -(F)INFINITY, m1 = m0, m2 = m0, m3 = m0;
+#pragma omp simd reduction(max : m0, m1, m2, m3)
+  for (int64_t j = 0; j < quarter; ++j) {
+    const F a = load(x + j), b = load(x + quarter + j);
+    const F c = load(x + 2 * quarter + j), d = load(x + 3 * quarter + j);
+    m0 = a > m0 ? a : m0;
+    m1 = b > m1 ? b : m1;
+    m2 = c > m2 ? c : m2;
+    m3 = d > m3 ? d : m3;
+  }
+  const int64_t rest = (n - 4 * quarter) & ~(kLanes - 1);
+  const S* last = x + 4 * quarter;
+#pragma omp simd reduction(max : m0)
+  for (int64_t j = 0; j < rest; ++j) {
+    const F a = load(last + j);
+    m0 = a > m0 ? a : m0;
+  }
+  m0 = m1 > m0 ? m1 : m0;
+  m2 = m3 > m2 ? m3 : m2;
+  return m2 > m0 ? m2 : m0;
 }
 
 template <class S>
-FXK_INLINE typename Compute<S>::type row_max(const S* x, int64_t n) {
-  using F = typename Compute<S>::type;
-  F m = -(F)INFINITY;
-#pragma omp simd reduction(max : m)
-  for (int64_t j = 0; j < n; ++j) {
-    const F v = load(x + j);
-    m = v > m ? v : m;
-  }
-  return m;
+FXK_INLINE typename Compute<S>::type row_max(const S* x, int64_t n, const S* tail) {
+  const auto whole = vector_max(x, n & ~(kLanes - 1));
+  if (n % kLanes == 0) return whole;
+  const auto left = vector_max(tail, kLanes);
+  return left > whole ? left : whole;
 }
 
 // kPower: T when it is 1..4, 0 for any other temperature. kHard, kSoft: which part is wanted.
+// kMasked: a class at -inf in the teacher (p = 0) adds nothing, whatever the student says.
+template <class S, int kPower, bool kHard, bool kSoft, bool kMasked>
+FXK_INLINE void exponentials(const S* s, const S* t, int64_t count,
+                             const Exponents<typename Compute<S>::type>& z,
+                             typename Compute<S>::type* es, typename Compute<S>::type* et,
+                             typename Compute<S>::type* eh, Sums* sums) {
+  using F = typename Compute<S>::type;
+  F bh = 0, bs = 0, bt = 0, bd = 0;
+#pragma omp simd reduction(+ : bh, bs, bt, bd)
+  for (int64_t j = 0; j < count; ++j) {
+    const F logit = load(s + j);
+    const F x = z.student(logit);
+    F soft = 0;
+    if (kSoft || kPower != 0) {
+      soft = exp2_nonpositive(x);
+      es[j] = soft;
+    }
+    if (kHard) {
+      const F hard = hard_exponential<F, kPower>(soft, z.hard(logit));
+      bh += hard;
+      if (kPower == 0) eh[j] = hard;
+    }
+    if (kSoft) {
+      const F y = z.teacher(load(t + j));
+      const F p = exp2_nonpositive(y);
+      et[j] = p;
+      bs += soft;
+      bt += p;
+      if (kMasked)
+        bd = p == (F)0 ? bd : bd + p * (y - x);
+      else
+        bd += p * (y - x);
+    }
+  }
+  sums->hard += bh;
+  sums->student += bs;
+  sums->teacher += bt;
+  sums->dot += bd;
+}
+
+template <class S, int kPower, bool kHard, bool kSoft, bool kMasked>
+Sums row_sums(const Row<S>& row, int64_t n, const Exponents<typename Compute<S>::type>& z,
+              const S* tail_s, const S* tail_t) {
+  const int64_t whole = n & ~(kLanes - 1);
+  Sums sums = {0, 0, 0, 0};
+  for (int64_t j = 0; j < whole; j += kBlock) {
+    const int64_t count = (whole - j < kBlock ? whole - j : kBlock) & ~(kLanes - 1);
+    exponentials<S, kPower, kHard, kSoft, kMasked>(row.s + j, row.t + j, count, z,
+                                                   row.exp_student + j, row.exp_teacher + j,
+                                                   row.exp_hard + j, &sums);
+  }
+  if (whole != n)
+    exponentials<S, kPower, kHard, kSoft, true>(tail_s, tail_t, kLanes, z, row.exp_student + whole,
+                                                row.exp_teacher + whole, row.exp_hard + whole,
+                                                &sums);
+  return sums;
+}
+
+template <class F>
+struct Slope {
+  F on_hard, on_student, on_teacher;
+};
+
+// on_hard es^T + on_student es - on_teacher et, with one es taken out of the first two.
+template <class F, int kPower, bool kHard, bool kSoft>
+FXK_INLINE F slope_at(F es, F et, F eh, const Slope<F>& slope) {
+  F g = kSoft ? slope.on_student : (F)0;
+  if (kHard && kPower == 1) g += slope.on_hard;
+  if (kHard && kPower == 2) g += slope.on_hard * es;
+  if (kHard && kPower == 3) g += slope.on_hard * (es * es);
+  if (kHard && kPower == 4) g += (slope.on_hard * es) * (es * es);
+  if (kSoft || kPower != 0) g *= es;
+  if (kHard && kPower == 0) g += slope.on_hard * eh;
+  if (kSoft) g -= slope.on_teacher * et;
+  return g;
+}
+
+template <class S, int kPower, bool kHard, bool kSoft>
+FXK_INLINE void gradient(const typename Compute<S>::type* es, const typename Compute<S>::type* et,
+                         const typename Compute<S>::type* eh, int64_t count,
+                         const Slope<typename Compute<S>::type>& slope, S* grad) {
+  using F = typename Compute<S>::type;
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) {
+    store(grad + j, slope_at<F, kPower, kHard, kSoft>(es[j], kSoft ? et[j] : (F)0,
+                                                      kHard && kPower == 0 ? eh[j] : (F)0, slope));
+  }
+}
+
 template <class S, int kPower, bool kHard, bool kSoft>
 RowLoss row_loss(const Row<S>& row, const KDLossArgs& a, double hard_scale, double soft_scale) {
   using F = typename Compute<S>::type;
-  const int64_t n = a.classes;
+  const int64_t n = a.classes, whole = n & ~(kLanes - 1);
   const S* s = row.s;
   const S* t = row.t;
   F* es = row.exp_student;
   F* et = row.exp_teacher;
   F* eh = row.exp_hard;
   const bool need_grad = row.grad != nullptr;
-  const F inv_t = (F)(1.0 / a.temperature);
-  const F ms = row_max(s, n);
-  const F mt = kSoft ? row_max(t, n) : (F)0;
-
-  double sum_hard = 0, sum_student = 0, sum_teacher = 0, dot = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    F bh = 0, bs = 0, bt = 0, bd = 0;
-#pragma omp simd reduction(+ : bh, bs, bt, bd)
-    for (int64_t j = begin; j < end; ++j) {
-      const F shifted = load(s + j) - ms;
-      const F x = shifted * inv_t;
-      F soft = 0;
-      if (kSoft || kPower != 0) {
-        soft = exp_nonpositive(x);
-        es[j] = soft;
-      }
-      if (kHard) {
-        const F hard = hard_exponential<F, kPower>(soft, shifted);
-        bh += hard;
-        if (kPower == 0) eh[j] = hard;
-      }
-      if (kSoft) {
-        const F y = (load(t + j) - mt) * inv_t;
-        const F p = exp_nonpositive(y);
-        et[j] = p;
-        bs += soft;
-        bt += p;
-        // A class masked in the teacher (p = 0) adds nothing, whatever the student says.
-        bd += p == (F)0 ? (F)0 : p * (y - x);
-      }
-    }
-    sum_hard += bh;
-    sum_student += bs;
-    sum_teacher += bt;
-    dot += bd;
+  S tail_s[kLanes], tail_t[kLanes];
+  if (whole != n) {
+    padded_tail(s + whole, n - whole, tail_s);
+    if (kSoft) padded_tail(t + whole, n - whole, tail_t);
   }
+  // Exponents are base 2: z = (s - max) log2(e)/T.
+  const double soft_factor = kLog2E / a.temperature;
+  const F highest = row_max(s, n, tail_s);
+  const Exponents<F> z = {{highest, soft_factor},
+                          {kSoft ? row_max(t, n, tail_t) : (F)0, soft_factor},
+                          {highest, kLog2E}};
+  Sums sums = row_sums<S, kPower, kHard, kSoft, false>(row, n, z, tail_s, tail_t);
+  // Infinite logits give 0 * inf. They are rare, the guard costs a tenth of the loop, so rows that
+  // turn out to need it are done again.
+  if (kSoft && sums.dot != sums.dot)
+    sums = row_sums<S, kPower, kHard, kSoft, true>(row, n, z, tail_s, tail_t);
 
   RowLoss loss = {0, 0};
   const double inv_classes = 1.0 / (double)n;
@@ -103,18 +240,18 @@ RowLoss row_loss(const Row<S>& row, const KDLossArgs& a, double hard_scale, doub
   double all_weight = 0;
   if (kSoft) {
     loss.soft = a.kd_weight * a.temperature * a.temperature *
-                (dot / sum_teacher + (log(sum_student) - log(sum_teacher)));
+                (kLn2 * sums.dot / sums.teacher + log(sums.student / sums.teacher));
   }
   if (kHard) {
-    const double log_sum = log(sum_hard);
-    // (label - max) is taken before the logarithm is added: both may be large, the loss small.
-    loss.hard = label_weight * (log_sum - (double)(load(s + row.label) - ms));
+    const double log_sum = log(sums.hard);
+    const double shift = (kPower == 0 ? z.hard : z.student).exact_shift();
+    loss.hard = label_weight * (log_sum - ((double)load(s + row.label) - shift));
     if (a.label_smoothing > 0) {
       double weighted = 0;
       for (int64_t j = 0; j < n; ++j) {
         const double w = a.class_weight ? a.class_weight[j] : 1.0;
         all_weight += w;
-        weighted += w == 0 ? 0 : w * (double)(load(s + j) - ms);
+        weighted += w == 0 ? 0 : w * ((double)load(s + j) - shift);
       }
       all_weight *= a.label_smoothing * inv_classes;
       loss.hard += all_weight * log_sum - a.label_smoothing * inv_classes * weighted;
@@ -123,38 +260,32 @@ RowLoss row_loss(const Row<S>& row, const KDLossArgs& a, double hard_scale, doub
   }
   if (!need_grad) return loss;
 
-  const F on_hard = kHard ? (F)(hard_scale * (label_weight + all_weight) / sum_hard) : (F)0;
-  const F on_student = kSoft ? (F)(soft_scale / sum_student) : (F)0;
-  const F on_teacher = kSoft ? (F)(soft_scale / sum_teacher) : (F)0;
+  const Slope<F> slope = {
+      kHard ? (F)(hard_scale * (label_weight + all_weight) / sums.hard) : (F)0,
+      kSoft ? (F)(soft_scale / sums.student) : (F)0,
+      kSoft ? (F)(soft_scale / sums.teacher) : (F)0,
+  };
   const F uniform = (F)(hard_scale * a.label_smoothing * inv_classes);
   const bool smooth = kHard && a.label_smoothing > 0;
+  // One entry again in full precision: taking something off a stored one would round twice.
+  const auto entry = [&](int64_t j) -> F {
+    F g = slope_at<F, kPower, kHard, kSoft>(es[j], kSoft ? et[j] : (F)0,
+                                            kHard && kPower == 0 ? eh[j] : (F)0, slope);
+    if (smooth) g -= uniform * (a.class_weight ? (F)a.class_weight[j] : (F)1);
+    return g;
+  };
   S* grad = row.grad;
-  if (!smooth) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      F g = 0;
-      if (kHard) g = on_hard * (kPower == 0 ? eh[j] : hard_exponential<F, kPower>(es[j], (F)0));
-      if (kSoft) g += on_student * es[j] - on_teacher * et[j];
-      store(grad + j, g);
-    }
+  if (smooth) {
+    for (int64_t j = 0; j < n; ++j) store(grad + j, entry(j));
   } else {
-    for (int64_t j = 0; j < n; ++j) {
-      F g = on_hard * (kPower == 0 ? eh[j] : hard_exponential<F, kPower>(es[j], (F)0));
-      g -= uniform * (a.class_weight ? (F)a.class_weight[j] : (F)1);
-      if (kSoft) g += on_student * es[j] - on_teacher * et[j];
-      store(grad + j, g);
+    gradient<S, kPower, kHard, kSoft>(es, et, eh, whole, slope, grad);
+    if (whole != n) {
+      S tail[kLanes];
+      gradient<S, kPower, kHard, kSoft>(es + whole, et + whole, eh + whole, kLanes, slope, tail);
+      memcpy((void*)(grad + whole), (const void*)tail, sizeof(S) * (size_t)(n - whole));
     }
   }
-  if (kHard) {
-    // The label's entry again, in full precision: subtracting from the stored value would round
-    // a 16-bit gradient twice.
-    const int64_t y = row.label;
-    F g = on_hard * (kPower == 0 ? eh[y] : hard_exponential<F, kPower>(es[y], (F)0));
-    g -= (F)(hard_scale * label_weight);
-    if (smooth) g -= uniform * (a.class_weight ? (F)a.class_weight[y] : (F)1);
-    if (kSoft) g += on_student * es[y] - on_teacher * et[y];
-    store(grad + y, g);
-  }
+  if (kHard) store(grad + row.label, entry(row.label) - (F)(hard_scale * label_weight));
   return loss;
 }
 
@@ -191,7 +322,7 @@ int64_t run(const KDLossArgs& a, int threads) {
   const double soft_scale = a.kd_weight * a.temperature * per_row;
 
   const int n_threads = useful_threads(threads, rows * classes, rows);
-  const size_t line = align64(sizeof(F) * (size_t)classes);
+  const size_t line = align64(sizeof(F) * (size_t)(classes + kLanes));
   const size_t losses = align64(sizeof(RowLoss) * (size_t)rows);
   Scratch scratch(losses + 3 * line * (size_t)n_threads);
   if (!scratch.ok()) return kNoMemory;

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxkd.ops._library import DTYPES, define, kernels, serve
+from fastxkd.ops._library import DTYPES, define, kernels, serve, unobserved
 from fastxkd.reference import kd_loss as reference
 
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2}
@@ -151,34 +151,61 @@ def _kd_loss_scale_(grad: Tensor, upstream: Tensor) -> None:
 
 
 class _KDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        kernel = _kd_loss if unobserved(student) else torch.ops.fastxkd.kd_loss.default
+        loss, parts, grad = kernel(student, *rest)
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        # Kept outside save_for_backward, so that backward can hand the very buffer on instead of a
+        # scaled copy: one matrix of logits at the peak, not two.
+        ctx.grad = grad
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _backward_once(ctx, upstream)
+        return _backward(ctx, upstream)
+
+
+def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad, ctx.grad = ctx.grad, None
+    if grad is None:
+        raise RuntimeError(
+            "kd_loss: backward was called a second time; the gradient is handed on, not kept. "
+            "Call kd_loss again for another backward pass"
+        )
+    if upstream is None:
+        return (None,) * 11
+    direct = unobserved(grad) and unobserved(upstream)
+    (_kd_loss_scale_ if direct else torch.ops.fastxkd.kd_loss_scale_.default)(grad, upstream)
+    return grad, *(None,) * 10
+
+
+# With create_graph=True: a second derivative through the result is an error, not a zero.
+_backward_once = torch.autograd.function.once_differentiable(_backward)
+
+
+class _KDLossTransformable(torch.autograd.Function):
+    """The same in the form that ``torch.func`` needs, which costs 18 us a call more."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastxkd.kd_loss(student, *rest)  # type: ignore[no-any-return]
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.fastxkd.kd_loss.default(*arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, parts, grad = output
         ctx.mark_non_differentiable(parts, grad)
         ctx.set_materialize_grads(False)
-        # Kept outside save_for_backward, so that backward can hand the very buffer on instead of
-        # a scaled copy: one matrix of logits at the peak, not two.
         ctx.grad = grad
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            raise RuntimeError(
-                "kd_loss: backward was called a second time; the gradient is handed on, not kept. "
-                "Call kd_loss again for another backward pass"
-            )
-        if upstream is None:
-            return (None,) * 11
-        torch.ops.fastxkd.kd_loss_scale_(grad, upstream)
-        return grad, *(None,) * 10
+        return _backward_once(ctx, upstream)  # type: ignore[no-any-return]
 
 
 def kd_loss_parts(
@@ -226,9 +253,11 @@ def kd_loss_parts(
         REDUCTIONS[reduction],
     )
     if need_grad:
-        loss, parts, _ = _KDLoss.apply(*arguments, True)
+        transformed = torch._C._are_functorch_transforms_active()
+        function = _KDLossTransformable if transformed else _KDLoss
+        loss, parts = function.apply(*arguments, True)[:2]
     else:
-        loss, parts, _ = torch.ops.fastxkd.kd_loss(*arguments, False)
+        loss, parts, _ = torch.ops.fastxkd.kd_loss.default(*arguments, False)
     if reduction == "none" and len(shape) != 1:
         loss, parts = loss.reshape(shape), parts.reshape(2, *shape)
     return loss, parts
