@@ -119,10 +119,10 @@ FXK_INLINE typename Compute<S>::type row_max(const S* x, int64_t n, const S* tai
 // kPower: T when it is 1..4, 0 for any other temperature. kHard, kSoft: which part is wanted.
 // kMasked: a class at -inf in the teacher (p = 0) adds nothing, whatever the student says.
 template <class S, int kPower, bool kHard, bool kSoft, bool kMasked>
-FXK_INLINE void exponentials(const S* s, const S* t, int64_t count,
-                             const Exponents<typename Compute<S>::type>& z,
-                             typename Compute<S>::type* es, typename Compute<S>::type* et,
-                             typename Compute<S>::type* eh, Sums* sums) {
+FXK_INLINE void exponentials_scalar(const S* s, const S* t, int64_t count,
+                                    const Exponents<typename Compute<S>::type>& z,
+                                    typename Compute<S>::type* es, typename Compute<S>::type* et,
+                                    typename Compute<S>::type* eh, Sums* sums) {
   using F = typename Compute<S>::type;
   F bh = 0, bs = 0, bt = 0, bd = 0;
 #pragma omp simd reduction(+ : bh, bs, bt, bd)
@@ -155,6 +155,70 @@ FXK_INLINE void exponentials(const S* s, const S* t, int64_t count,
   sums->student += bs;
   sums->teacher += bt;
   sums->dot += bd;
+}
+
+#if defined(__AVX512F__)
+// The same loop by hand, for what AVX-512 can do and scalar expressions cannot say.
+template <class S, int kPower, bool kHard, bool kSoft, bool kMasked>
+FXK_INLINE void exponentials_avx512(const S* s, const S* t, int64_t count,
+                                    const Exponents<float>& z, float* es, float* et, float* eh,
+                                    Sums* sums) {
+  const __m512 student_factor = _mm512_set1_ps(z.student.factor);
+  const __m512 student_offset = _mm512_set1_ps(z.student.offset);
+  const __m512 teacher_factor = _mm512_set1_ps(z.teacher.factor);
+  const __m512 teacher_offset = _mm512_set1_ps(z.teacher.offset);
+  const __m512 hard_factor = _mm512_set1_ps(z.hard.factor);
+  const __m512 hard_offset = _mm512_set1_ps(z.hard.offset);
+  __m512 bh = _mm512_setzero_ps(), bs = bh, bt = bh, bd = bh;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const __m512 logit = load16(s + j);
+    const __m512 x = _mm512_fmadd_ps(logit, student_factor, student_offset);
+    __m512 soft = _mm512_setzero_ps();
+    if (kSoft || kPower != 0) {
+      soft = exp2_nonpositive(x);
+      _mm512_storeu_ps(es + j, soft);
+    }
+    if (kHard) {
+      __m512 hard = soft;
+      if (kPower == 2 || kPower == 4) hard = soft * soft;
+      if (kPower == 3) hard = soft * soft * soft;
+      if (kPower == 4) hard = hard * hard;
+      if (kPower == 0) {
+        hard = exp2_nonpositive(_mm512_fmadd_ps(logit, hard_factor, hard_offset));
+        _mm512_storeu_ps(eh + j, hard);
+      }
+      bh = _mm512_add_ps(bh, hard);
+    }
+    if (kSoft) {
+      const __m512 y = _mm512_fmadd_ps(load16(t + j), teacher_factor, teacher_offset);
+      const __m512 p = exp2_nonpositive(y);
+      _mm512_storeu_ps(et + j, p);
+      bs = _mm512_add_ps(bs, soft);
+      bt = _mm512_add_ps(bt, p);
+      const __mmask16 counts =
+          kMasked ? _mm512_cmp_ps_mask(p, _mm512_setzero_ps(), _CMP_NEQ_UQ) : (__mmask16)0xffff;
+      bd = _mm512_mask3_fmadd_ps(p, _mm512_sub_ps(y, x), bd, counts);
+    }
+  }
+  sums->hard += _mm512_reduce_add_ps(bh);
+  sums->student += _mm512_reduce_add_ps(bs);
+  sums->teacher += _mm512_reduce_add_ps(bt);
+  sums->dot += _mm512_reduce_add_ps(bd);
+}
+#endif
+
+template <class S, int kPower, bool kHard, bool kSoft, bool kMasked>
+FXK_INLINE void exponentials(const S* s, const S* t, int64_t count,
+                             const Exponents<typename Compute<S>::type>& z,
+                             typename Compute<S>::type* es, typename Compute<S>::type* et,
+                             typename Compute<S>::type* eh, Sums* sums) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename Compute<S>::type) == sizeof(float)) {
+    exponentials_avx512<S, kPower, kHard, kSoft, kMasked>(s, t, count, z, es, et, eh, sums);
+    return;
+  }
+#endif
+  exponentials_scalar<S, kPower, kHard, kSoft, kMasked>(s, t, count, z, es, et, eh, sums);
 }
 
 template <class S, int kPower, bool kHard, bool kSoft, bool kMasked>

@@ -9,6 +9,10 @@
 
 #include "../ops.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #ifndef FXK_ISA
 #define FXK_ISA baseline
 #endif
@@ -103,6 +107,31 @@ FXK_INLINE float exp2_nonpositive(float z) {
   return z < -126.0f ? 0.0f : scaled;
 }
 FXK_INLINE double exp2_nonpositive(double z) { return exp2(z); }
+
+#if defined(__AVX512F__)
+// The same by hand: rounding to integer and scaling by 2^k are single instructions here, which no
+// scalar expression reaches, and the second gives 0 on underflow and keeps NaN without a mask.
+FXK_INLINE __m512 exp2_nonpositive(__m512 z) {
+  z = _mm512_max_ps(_mm512_set1_ps(-1e3f), z);  // -inf has no fraction; a NaN is passed on
+  const __m512 k = _mm512_roundscale_ps(z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(z, k);
+  __m512 p = _mm512_set1_ps(0x1.5bba14p-10f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.3cea88p-7f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.c6b752p-5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ebf9bcp-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.62e42ap-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, k);
+}
+FXK_INLINE __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
+FXK_INLINE __m512 load16(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+FXK_INLINE __m512 load16(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+#endif
 
 // Scratch of one kernel call, allocated before any parallel region so that a failure can throw.
 class Scratch {
