@@ -1,0 +1,426 @@
+"""The verbs of ``fastxkd`` and their options; a verb imports what is heavy when it runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from fastxkd._version import __version__
+from fastxkd.cli import EXIT_CODES, SKIPPED_IMAGES
+
+if TYPE_CHECKING:
+    from fastxkd.runs.comparison import Comparison
+
+app = typer.Typer(
+    help="Explainable knowledge distillation: train a student with and without its teacher, and "
+    "see what the teacher's guidance changed.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = (
+    "cnn-large, cnn-medium, cnn-small, timm:NAME, torchvision:NAME, package.module:factory or "
+    "file.py:factory."
+)
+WEIGHTS_HELP = "Weights of it: .safetensors, or .pth/.pt holding a state_dict."
+DATA_HELP = "builtin, fashion-mnist[:ROOT] or imagefolder:ROOT."
+
+Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
+Out = Annotated[Path, typer.Option("--out", help="Folder for results; new, or a run to resume.")]
+Layers = Annotated[
+    Optional[str],  # noqa: UP045  (typer evaluates it on 3.10 too)
+    typer.Option(
+        help="Layers of the student (and base) to compare, comma separated; the last is "
+        "explained. Default: up to four stages."
+    ),
+]
+TeacherLayers = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Layers of the teacher to pair with them, in order. Default: the same names if it "
+        "is of the student's class and layers were named, else its own stages, from the last."
+    ),
+]
+ImageSize = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Side in pixels. Default: 28 for Fashion-MNIST, 224 for folders."),
+]
+Mean = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Subtracted from pixels in [0, 1]; one number or one per channel. Default 127/255."
+    ),
+]
+Std = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Divides them after that. Default 128/255."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+MaxSamples = Annotated[int, typer.Option(help="Test images that FSS and RS are computed on.")]
+Gallery = Annotated[int, typer.Option(help="Images shown in the report.")]
+Explained = Annotated[
+    int, typer.Option(help="Images the agreement of explanations is averaged over.")
+]
+
+FeatureLimit = Annotated[
+    int,
+    typer.Option(
+        help="Larger feature maps are averaged over blocks down to this many numbers per image "
+        "before FSS and RS; bounds memory to 4 bytes x this x --max-samples per layer and model."
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastxkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=EXIT_CODES)
+def distill(
+    teacher: Annotated[str, typer.Option(help=MODEL_HELP)],
+    student: Annotated[str, typer.Option(help=MODEL_HELP)],
+    data: Data,
+    out: Out,
+    teacher_weights: Annotated[
+        Optional[Path], typer.Option(help=f"{WEIGHTS_HELP} Without, the teacher is trained first.")  # noqa: UP045
+    ] = None,
+    student_weights: Annotated[
+        Optional[Path], typer.Option(help="Where base and student start from.")  # noqa: UP045
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Of base and student.")] = 10,
+    teacher_epochs: Annotated[
+        Optional[int], typer.Option(help="Of the teacher. Default: as --epochs.")  # noqa: UP045
+    ] = None,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    lr: Annotated[float, typer.Option(help="Highest learning rate (SGD, cosine).")] = 0.05,
+    teacher_lr: Annotated[
+        Optional[float], typer.Option(help="Of the teacher. Default: as --lr.")  # noqa: UP045
+    ] = None,
+    momentum: Annotated[float, typer.Option()] = 0.9,
+    weight_decay: Annotated[float, typer.Option()] = 5e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps the rate climbs for.")] = 0.1,
+    temperature: Annotated[float, typer.Option(help="Of the distillation loss.")] = 4.0,
+    ce_weight: Annotated[float, typer.Option(help="Of the labels in the student's loss.")] = 0.1,
+    kd_weight: Annotated[float, typer.Option(help="Of the teacher in the student's loss.")] = 0.9,
+    layers: Layers = None,
+    teacher_layers: TeacherLayers = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share set aside where a folder has no test images.")
+    ] = 0.2,
+    augment: Annotated[bool, typer.Option(help="Shift and mirror the training images.")] = True,
+    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and split.")] = 0,
+    device: Device = "auto",
+    amp: Annotated[bool, typer.Option(help="bfloat16 autocast.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in --out, or start over in it.")
+    ] = True,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(help="How often to save the state, besides every epoch.")
+    ] = 30.0,
+    max_samples: MaxSamples = 1000,
+    gallery: Gallery = 12,
+    explained: Explained = 128,
+    feature_limit: FeatureLimit = 16_384,
+) -> int:
+    """Train teacher, base and student, then explain them.
+
+    Base and student are the same model from the same first weights on the same batches; only the
+    student has the teacher. --out receives report.html, metrics.json, teacher/base/student
+    .safetensors and checkpoints; the same command after an interruption ends with the same weights.
+    """
+    from fastxkd.runs.distill import DistillPlan
+    from fastxkd.train import TrainSettings
+
+    settings = TrainSettings(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        seed=seed,
+        amp=amp,
+    )
+    return _distill(
+        DistillPlan(
+            teacher=teacher,
+            student=student,
+            data=data,
+            out=out,
+            settings=settings,
+            teacher_weights=teacher_weights,
+            student_weights=student_weights,
+            teacher_epochs=teacher_epochs,
+            teacher_lr=teacher_lr,
+            layers=_names(layers),
+            teacher_layers=_names(teacher_layers),
+            image_size=image_size,
+            mean=_numbers("mean", mean),
+            std=_numbers("std", std),
+            held_out=held_out,
+            augment=augment,
+            device=device,
+            workers=workers,
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            max_samples=max_samples,
+            gallery=gallery,
+            explained=explained,
+            feature_limit=feature_limit,
+        )
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+def compare(
+    teacher: Annotated[str, typer.Option(help=MODEL_HELP)],
+    student: Annotated[str, typer.Option(help=MODEL_HELP)],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="New folder for the results.")],
+    teacher_weights: Annotated[Optional[Path], typer.Option(help=WEIGHTS_HELP)] = None,  # noqa: UP045
+    student_weights: Annotated[Optional[Path], typer.Option(help=WEIGHTS_HELP)] = None,  # noqa: UP045
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The student's model trained without the teacher. Without it the teacher "
+            "serves as base, as is usual where both share their architecture."
+        ),
+    ] = None,
+    base_weights: Annotated[Optional[Path], typer.Option(help=WEIGHTS_HELP)] = None,  # noqa: UP045
+    layers: Layers = None,
+    base_layers: Annotated[
+        Optional[str], typer.Option(help="Layers of the base, if named differently.")  # noqa: UP045
+    ] = None,
+    teacher_layers: TeacherLayers = None,
+    num_classes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Outputs of the models where they are not the classes of the data; "
+            "accuracy is not defined then."
+        ),
+    ] = None,
+    class_names: Annotated[
+        Optional[Path], typer.Option(help="Text file naming those outputs, one a line.")  # noqa: UP045
+    ] = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            help="Where a folder has no test images: 0 takes all; the value and --seed "
+            "of a distill run take the images its models did not see."
+        ),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of that split.")] = 0,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    device: Device = "auto",
+    max_samples: MaxSamples = 1000,
+    gallery: Gallery = 12,
+    explained: Explained = 128,
+    feature_limit: FeatureLimit = 16_384,
+) -> int:
+    """Explain models that exist already, without training."""
+    from fastxkd.runs.distill import ComparePlan, run_compare
+    from fastxkd.runs.progress import shown_progress
+
+    plan = ComparePlan(
+        teacher=teacher,
+        student=student,
+        data=data,
+        out=out,
+        teacher_weights=teacher_weights,
+        student_weights=student_weights,
+        base=base,
+        base_weights=base_weights,
+        layers=_names(layers),
+        base_layers=_names(base_layers),
+        teacher_layers=_names(teacher_layers),
+        num_classes=num_classes,
+        class_names=class_names,
+        image_size=image_size,
+        mean=_numbers("mean", mean),
+        std=_numbers("std", std),
+        held_out=held_out,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        max_samples=max_samples,
+        gallery=gallery,
+        explained=explained,
+        feature_limit=feature_limit,
+    )
+    console = _console()
+    with shown_progress(console) as progress:
+        comparison = run_compare(plan, progress)
+    return _conclude(console, comparison, plan.out)
+
+
+@app.command(epilog=EXIT_CODES)
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo"),
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in --out, or start over in it.")
+    ] = True,
+    device: Device = "auto",
+) -> int:
+    """Distill on built-in images, in minutes on a CPU.
+
+    2,000 training and 500 test images of Fashion-MNIST, a large and a small network.
+    """
+    from fastxkd.runs.demo import demo_plan
+
+    return _distill(demo_plan(out, device=device, resume=resume))
+
+
+@app.command()
+def doctor() -> int:
+    """Say what works here, and on which kernels.
+
+    Versions, devices, instruction set, and which kernel serves which operator, and why.
+    """
+    from fastxkd.runs.doctor import findings
+
+    console = _console()
+    for title, rows in findings().items():
+        console.print(_table(title, rows))
+    return 0
+
+
+# Column of the closing table: attribute of a model's summary and how it is written.
+_QUANTITIES = {
+    "accuracy": ("accuracy", "{:.1%}"),
+    "agreement": ("agreement", "{:.1%}"),
+    "KL": ("divergence", "{:.3f}"),
+    "explanation": ("explanation_agreement", "{:.3f}"),
+}
+
+
+def _distill(plan: Any) -> int:
+    from fastxkd.runs.distill import run_distill
+    from fastxkd.runs.progress import shown_progress
+
+    console = _console()
+    with shown_progress(console) as progress:
+        comparison = run_distill(plan, progress)
+    return _conclude(console, comparison, plan.out)
+
+
+def _conclude(console: Any, comparison: Comparison, out: Path) -> int:
+    rows = []
+    for model in comparison.models:
+        name = model.spec.rpartition("/")[2]
+        row = {"": model.role, "model": name, "parameters": f"{model.parameters:,}"}
+        for heading, (attribute, style) in _QUANTITIES.items():
+            value = getattr(model, attribute)
+            row[heading] = "-" if math.isnan(value) else style.format(value)
+        rows.append(row)
+    console.print(
+        _table(
+            f"{comparison.title} ({comparison.samples:,} test images)",
+            rows,
+            "With the teacher: agreement of the answers, KL divergence of the probabilities, "
+            "explanation = mean cosine of the Grad-CAM maps.",
+        )
+    )
+    layers = [
+        {
+            "layer": layer.layer,
+            "FSS\nbase": f"{layer.fss:.3f}",
+            "FSS\nteacher": "-" if layer.fss_teacher is None else f"{layer.fss_teacher:.3f}",
+            "RS\nstudent": f"{layer.rs_student:.3f}",
+            "RS\nbase": f"{layer.rs_base:.3f}",
+            "RS\nteacher": "-" if layer.rs_teacher is None else f"{layer.rs_teacher:.3f}",
+            "RS dis-\ntilled": f"{layer.rs_distilled:+.3f}",
+            "RS re-\nsidual": f"{layer.rs_residual:+.3f}",
+        }
+        for layer in comparison.layers
+    ]
+    console.print(
+        _table(
+            "Layer by layer",
+            layers,
+            "FSS: similarity of the student's features to the base's and the teacher's. RS: "
+            "relevance to the labels; distilled is the student's own, residual the base's own.",
+        )
+    )
+    # Plain and on a line of its own, so that no terminal width breaks the path.
+    typer.echo(f"report: {(out / 'report.html').resolve()}")
+    skipped = comparison.run["skipped"]
+    if not skipped:
+        return 0
+    first = skipped[0]
+    typer.echo(
+        f"{len(skipped)} image(s) could not be read and were left out, the first: "
+        f"{first['path']} ({first['error']})",
+        err=True,
+    )
+    return SKIPPED_IMAGES
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _table(title: str, rows: list[dict[str, str]], caption: str | None = None) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        caption=None if caption is None else Text(caption, style="dim"),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for number, heading in enumerate(rows[0] if rows else ()):
+        values = [row[heading].strip("+-%").replace(",", "").replace(".", "", 1) for row in rows]
+        numeric = bool(number) and all(value.isdigit() or not value for value in values)
+        table.add_column(
+            heading, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text(value) for value in row.values()))
+    return table
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: expected numbers with commas, got {text!r}") from None
