@@ -1,0 +1,162 @@
+"""What the operators are held to: the papers' formulas written out, in the dtype of the input.
+
+Called with float64 tensors these are the truth; called with the tested dtype they are the eager
+computation whose error a kernel may not exceed. Nothing here imports the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd_parts(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    *,
+    temperature: float = 4.0,
+    ce_weight: float = 0.1,
+    kd_weight: float = 0.9,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> tuple[Tensor, Tensor]:
+    """(hard, soft) with their weights, differentiable by autograd."""
+    rows = student.shape[0]
+    keep = torch.arange(rows) if labels is None else (labels != ignore_index).nonzero()[:, 0]
+    s, t = student[keep], teacher[keep]
+    hard = s.new_zeros(len(keep))
+    weights = s.new_ones(len(keep))
+    if labels is not None:
+        weight = None if class_weight is None else class_weight.to(s.dtype)
+        weights = weights if weight is None else weight[labels[keep]]
+        hard = ce_weight * F.cross_entropy(
+            s, labels[keep], weight=weight, label_smoothing=label_smoothing, reduction="none"
+        )
+    log_q = F.log_softmax(s / temperature, 1)
+    log_p = F.log_softmax(t / temperature, 1)
+    masked = log_p == -torch.inf
+    pointwise = F.kl_div(
+        log_q.masked_fill(masked, 0),
+        log_p.masked_fill(masked, 0),
+        reduction="none",
+        log_target=True,
+    )
+    soft = kd_weight * temperature**2 * pointwise.masked_fill(masked, 0).sum(1)
+    if reduction == "none":
+        place = student.new_zeros(rows)
+        return place.index_add(0, keep, hard), place.index_add(0, keep, soft)
+    hard, soft = hard.sum(), soft.sum()
+    if reduction == "batchmean":
+        total = weights.sum()
+        hard = hard / total if total > 0 else hard * 0
+        soft = soft / max(len(keep), 1)
+    return hard, soft
+
+
+def cam_raw(activations: Tensor, gradients: Tensor, method: str) -> Tensor:
+    """The table of methods, one image at a time."""
+    maps = []
+    for a, g in zip(activations, gradients, strict=True):  # [c, h, w]
+        total = a.sum((1, 2), keepdim=True)
+        if method == "weights":
+            weight = g[:, None, None]
+        elif method == "gradcam":
+            weight = g.mean((1, 2), keepdim=True)
+        elif method == "xgradcam":
+            weight = (g * a).sum((1, 2), keepdim=True) / (total + 1e-7)
+        elif method == "gradcam++":
+            alpha = (g**2 / (2 * g**2 + total * g**3 + 1e-6)).masked_fill(g == 0, 0)
+            weight = (F.relu(g) * alpha).sum((1, 2), keepdim=True)
+        elif method == "hirescam":
+            weight = g
+        else:
+            weight = F.relu(g)
+        maps.append(sum((weight * a).unbind(0)))  # one channel after the other
+    return torch.stack(maps)
+
+
+def _min_max(m: Tensor) -> Tensor:
+    shifted = m - m.min()
+    return shifted / (1e-7 + shifted.max())
+
+
+def cam_finish(raw: Tensor, size: tuple[int, int], relu: bool, normalize: int) -> Tensor:
+    finished = []
+    for m in raw:
+        m = F.relu(m) if relu else m
+        m = _min_max(m) if normalize >= 1 else m
+        if tuple(m.shape) != tuple(size):
+            m = F.interpolate(m[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        finished.append(_min_max(m) if normalize == 2 else m)
+    return torch.stack(finished)
+
+
+def distances(x: Tensor) -> Tensor:
+    """n x n x d broadcast; the square root is kept off its pole so that autograd gives 0 there."""
+    x = x.flatten(1)
+    square = (x[:, None, :] - x[None, :, :]).square().sum(2)
+    apart = square > 0
+    return torch.where(apart, square.where(apart, 1.0).sqrt(), 0.0)
+
+
+def u_centred(d: Tensor) -> Tensor:
+    n = d.shape[0]
+    rows = d.sum(1, keepdim=True)
+    p = d - rows / (n - 2) - rows.T / (n - 2) + d.sum() / ((n - 1) * (n - 2))
+    return p * (1 - torch.eye(n, dtype=d.dtype))
+
+
+def double_centred(d: Tensor) -> Tensor:
+    return d - d.mean(0, keepdim=True) - d.mean(1, keepdim=True) + d.mean()
+
+
+def inner(p: Tensor, q: Tensor) -> Tensor:
+    n = p.shape[0]
+    return (p * q).sum() / (n * (n - 3))
+
+
+def _cosine(p: Tensor, q: Tensor) -> Tensor:
+    return (p * q).sum() / ((p * p).sum() * (q * q).sum()).sqrt()
+
+
+def _without(p: Tensor, q: Tensor) -> Tensor:
+    return p - (p * q).sum() / (q * q).sum() * q
+
+
+def correlation(x: Tensor, y: Tensor, *, unbiased: bool) -> Tensor:
+    centre = u_centred if unbiased else double_centred
+    return _cosine(centre(distances(x)), centre(distances(y)))
+
+
+def partial(x: Tensor, y: Tensor, given: Tensor, *, semi: bool) -> Tensor:
+    """P_DC(x | given; y), or the textbook pdcor, which projects y as well."""
+    a, b, c = (u_centred(distances(m)) for m in (x, y, given))
+    return _cosine(_without(a, c), b if semi else _without(b, c))
+
+
+def unicam_weights(activations: Tensor, base: Tensor, labels: Tensor) -> Tensor:
+    """The published way: autograd through the broadcast, then the spatial mean."""
+    leaf = activations.detach().requires_grad_(True)
+    a, c, t = (u_centred(distances(m)) for m in (leaf, base, labels))
+    r = a - inner(a, c) / (inner(c, c) + 1e-12) * c
+    score = inner(r, t) / (inner(r, r) * inner(t, t) + 1e-18).sqrt()
+    return torch.autograd.grad(score, leaf)[0].mean((2, 3))
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Peak of what ``work`` has allocated through torch at one time."""
+    activity = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
