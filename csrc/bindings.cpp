@@ -132,25 +132,29 @@ void cam_backward(int level, int threads, Address activations, Address gradients
   checked(FXK_AT(level, cam_backward)(a, threads));
 }
 
+// features, strides, dtypes, widths: one entry per matrix, of the features as they were given.
 void distance_tile(int level, int threads, const std::vector<int64_t>& grams,
-                   const std::vector<int64_t>& row_features,
-                   const std::vector<int64_t>& col_features, const std::vector<int64_t>& widths,
-                   Address row_norms, Address col_norms, Address products, Address row_sums,
-                   int64_t rows, int64_t cols, int64_t row_offset, int64_t col_offset,
-                   int64_t row_sums_stride, bool diagonal, int dtype) {
-  if (row_features.size() != grams.size() || col_features.size() != grams.size() ||
-      widths.size() != grams.size())
-    throw std::invalid_argument("distance_tile: one address and one width per matrix");
+                   const std::vector<int64_t>& features, const std::vector<int64_t>& strides,
+                   const std::vector<int64_t>& dtypes, const std::vector<int64_t>& widths,
+                   Address row_norms, Address col_norms, const std::vector<double>& shifts,
+                   Address products, Address row_sums, int64_t rows, int64_t cols,
+                   int64_t row_offset, int64_t col_offset, int64_t row_sums_stride, bool diagonal,
+                   int dtype) {
+  for (size_t size : {features.size(), strides.size(), dtypes.size(), widths.size(), shifts.size()})
+    if (size != grams.size())
+      throw std::invalid_argument("distance_tile: expected one entry per matrix");
   fxk::DistanceTileArgs a{};
   a.matrices = (int64_t)grams.size();
   a.rows = rows;
   a.cols = cols;
   a.grams = grams.data();
-  a.row_features = row_features.data();
-  a.col_features = col_features.data();
+  a.features = features.data();
+  a.feature_strides = strides.data();
+  a.feature_dtypes = dtypes.data();
   a.widths = widths.data();
   a.row_norms = pointer<void>(row_norms);
   a.col_norms = pointer<void>(col_norms);
+  a.shifts = shifts.data();
   a.products = pointer<double>(products);
   a.row_sums = pointer<double>(row_sums);
   a.row_offset = row_offset;

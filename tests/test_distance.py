@@ -71,7 +71,7 @@ def true_sums(features: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def test_golden_inner_products(backend: str) -> None:
-    found = centre(*sums(golden()), unbiased=True).values
+    found = centre(*sums(golden()), torch.float64, unbiased=True).values
     for (k, l), value in INNER.items():  # noqa: E741
         assert found[k, l].item() == pytest.approx(value, abs=1e-7)
         assert found[l, k].item() == pytest.approx(value, abs=1e-7)

@@ -192,6 +192,7 @@ void source_position(int64_t i, int64_t in, int64_t out, int64_t* lower, int64_t
   *frac = (F)(at - (double)low);
 }
 
+// a + f (b - a), which is a where both are: min-max would blow the rounding of (1 - f) a + f b up.
 template <class F>
 void resize(const F* map, int64_t h, int64_t w, F* out, int64_t oh, int64_t ow, F* line,
             const int64_t* lower, const int64_t* upper, const F* frac) {
@@ -201,10 +202,10 @@ void resize(const F* map, int64_t h, int64_t w, F* out, int64_t oh, int64_t ow, 
     source_position<F>(i, h, oh, &top, &bottom, &down);
     const F* a = map + top * w;
     const F* b = map + bottom * w;
-    for (int64_t j = 0; j < w; ++j) line[j] = ((F)1 - down) * a[j] + down * b[j];
+    for (int64_t j = 0; j < w; ++j) line[j] = a[j] + down * (b[j] - a[j]);
     F* to = out + i * ow;
     for (int64_t j = 0; j < ow; ++j)
-      to[j] = ((F)1 - frac[j]) * line[lower[j]] + frac[j] * line[upper[j]];
+      to[j] = line[lower[j]] + frac[j] * (line[upper[j]] - line[lower[j]]);
   }
 }
 

@@ -1,6 +1,9 @@
 // distance: one tile of the sweep over pairs. The Gram products come from the vendor's GEMM; here
 // they become distances, and every inner product of the matrices and every row sum is taken while
-// the tile is in cache, in double precision across short single-precision runs.
+// the tile is in cache, in double precision across short single-precision runs. Distances between
+// points of many dimensions are nearly equal, and centring leaves of their products what little
+// they differ by: a typical distance is taken off first (off the diagonal), the caller puts it
+// back.
 #include "simd.h"
 
 namespace fxk {
@@ -25,38 +28,61 @@ struct Near<double> {
 FXK_INLINE float root(float x) { return __builtin_sqrtf(x); }
 FXK_INLINE double root(double x) { return __builtin_sqrt(x); }
 
-template <class F>
-F exact_square(const F* x, const F* y, int64_t width) {
+// From the features as they were given: centring them has rounded what near neighbours differ by.
+template <class F, class S>
+double exact_square(const S* x, const S* y, int64_t width) {
   double total = 0;
   for (int64_t begin = 0; begin < width; begin += kBlock) {
     const int64_t end = begin + kBlock < width ? begin + kBlock : width;
     F sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = begin; j < end; ++j) sum += (x[j] - y[j]) * (x[j] - y[j]);
+    for (int64_t j = begin; j < end; ++j) {
+      const F d = (F)load(x + j) - (F)load(y + j);
+      sum += d * d;
+    }
     total += sum;
   }
-  return (F)total;
+  return total;
 }
 
 template <class F>
-void row_distances(F* gram, F norm, const F* norms, int64_t cols, const F* x, const F* ys,
-                   int64_t width, int64_t self) {
+F pair_square(const DistanceTileArgs& a, int64_t k, int64_t i, int64_t j) {
+  const auto of = [&](auto* base) {
+    return (F)exact_square<F>(base + i * a.feature_strides[k], base + j * a.feature_strides[k],
+                              a.widths[k]);
+  };
+  switch (a.feature_dtypes[k]) {
+    case kFloat32: return of(reinterpret_cast<const float*>(a.features[k]));
+    case kFloat64: return of(reinterpret_cast<const double*>(a.features[k]));
+    case kBFloat16: return of(reinterpret_cast<const BFloat16*>(a.features[k]));
+    default: return of(reinterpret_cast<const Float16*>(a.features[k]));
+  }
+}
+
+// Row i of matrix k: the Gram products become distances, less the shift.
+template <class F>
+void row_distances(const DistanceTileArgs& a, int64_t k, int64_t i) {
+  F* gram = reinterpret_cast<F*>(a.grams[k]) + i * a.cols;
+  const F norm = static_cast<const F*>(a.row_norms)[k * a.rows + i];
+  const F* norms = static_cast<const F*>(a.col_norms) + k * a.cols;
+  const F shift = a.products ? (F)a.shifts[k] : (F)0;
+  if (a.diagonal) gram[i] = 0;
   int near = 0;
 #pragma omp simd reduction(+ : near)
-  for (int64_t j = 0; j < cols; ++j) {
+  for (int64_t j = 0; j < a.cols; ++j) {
     const F scale = norm + norms[j];
     const F square = scale - (F)2 * gram[j];
     near += !(square >= Near<F>::share * scale);
     gram[j] = square;
   }
   if (near) {
-    for (int64_t j = 0; j < cols; ++j)
+    for (int64_t j = 0; j < a.cols; ++j)
       if (!(gram[j] >= Near<F>::share * (norm + norms[j])))
-        gram[j] = exact_square(x, ys + j * width, width);
+        gram[j] = pair_square<F>(a, k, a.row_offset + i, a.col_offset + j);
   }
-  if (self >= 0) gram[self] = 0;
 #pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) gram[j] = root(gram[j]);
+  for (int64_t j = 0; j < a.cols; ++j) gram[j] = root(gram[j]) - shift;
+  if (a.diagonal) gram[i] = 0;
 }
 
 template <class F>
@@ -84,14 +110,7 @@ int64_t run(const DistanceTileArgs& a, int threads) {
       for (int64_t i = 0; i < own; ++i) products[i] = 0;
     const int64_t last = (block + 1) * kRows < a.rows ? (block + 1) * kRows : a.rows;
     for (int64_t i = block * kRows; i < last; ++i) {
-      for (int64_t k = 0; k < K; ++k) {
-        F* row = reinterpret_cast<F*>(a.grams[k]) + i * a.cols;
-        row_distances<F>(row, static_cast<const F*>(a.row_norms)[k * a.rows + i],
-                         static_cast<const F*>(a.col_norms) + k * a.cols, a.cols,
-                         reinterpret_cast<const F*>(a.row_features[k]) + i * a.widths[k],
-                         reinterpret_cast<const F*>(a.col_features[k]), a.widths[k],
-                         a.diagonal ? i : -1);
-      }
+      for (int64_t k = 0; k < K; ++k) row_distances<F>(a, k, i);
       if (!a.products) continue;
       for (int64_t j = 0; j < a.cols; j += kCols) {
         const int64_t m = j + kCols < a.cols ? kCols : a.cols - j;

@@ -75,7 +75,10 @@ class _Hook:
                 f" a tuple, got {type(output).__name__}"
             )
         passed_on = self.tap.take(self.name, output)
-        return passed_on if output is whole else type(whole)([passed_on, *whole[1:]])
+        if output is whole:
+            return passed_on
+        make = getattr(type(whole), "_make", type(whole))  # a namedtuple takes no iterable
+        return make([passed_on, *whole[1:]])
 
 
 class Tap:
@@ -83,11 +86,13 @@ class Tap:
 
     Args:
         cut: start the graph at the first layer reached: what comes before it runs without one.
+        one_pass: the model runs once; warn where a layer runs more often.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], *, cut: bool) -> None:
+    def __init__(self, layers: dict[str, nn.Module], *, cut: bool, one_pass: bool) -> None:
         self.layers = layers
         self.cut = cut
+        self.one_pass = one_pass
         self.activations: dict[str, Tensor] = {}
         self.thread = 0
         self._handles: list[Any] = []
@@ -104,7 +109,7 @@ class Tap:
         self._handles = []
 
     def take(self, name: str, output: Tensor) -> Tensor:
-        if name in self.activations:
+        if self.one_pass and name in self.activations:
             warnings.warn(
                 f"target layer {name!r} ran more than once in this forward pass; the last run is"
                 " explained",
@@ -112,7 +117,9 @@ class Tap:
             )
         if self.cut and not output.requires_grad:
             torch.set_grad_enabled(True)
-            output = output.detach().requires_grad_(True)
+            # A tensor made in inference mode can start no graph; its copy can.
+            output = (output.clone() if output.is_inference() else output).detach()
+            output.requires_grad_(True)
         self.activations[name] = output
         # The model gets a copy: an in-place operation further on must not reach what is kept.
         return output.clone()
@@ -149,7 +156,7 @@ class capture:
     """
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
-        self._tap = Tap(resolve_layers(model, layers, "layers"), cut=False)
+        self._tap = Tap(resolve_layers(model, layers, "layers"), cut=False, one_pass=False)
 
     def __enter__(self) -> capture:
         self._tap.__enter__()
@@ -207,14 +214,31 @@ class capture:
             )
 
 
+# Models that are being evaluated, by whom many, and what to set back to training afterwards.
+_evaluated: dict[int, tuple[int, list[nn.Module]]] = {}
+_evaluated_lock = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; every module gets its own flag back, also after an error."""
-    training = [module for module in model.modules() if module.training]
+    """``model.eval()`` for a while; every module gets its own flag back, also after an error.
+
+    Where several threads explain one model, the last to finish puts the flags back.
+    """
+    with _evaluated_lock:
+        users, training = _evaluated.get(id(model), (0, []))
+        if users == 0:
+            training = [module for module in model.modules() if module.training]
+            if training:
+                model.eval()
+        _evaluated[id(model)] = (users + 1, training)
     try:
-        if training:
-            model.eval()
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _evaluated_lock:
+            users, training = _evaluated.pop(id(model))
+            if users > 1:
+                _evaluated[id(model)] = (users - 1, training)
+            else:
+                for module in training:
+                    module.training = True

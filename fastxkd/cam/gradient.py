@@ -82,7 +82,7 @@ class GradientCAM:
                 axes, targets that fit neither the batch nor the classes, an empty batch.
         """
         _check_call(images, output, normalize, size, aggregate)
-        tap = Tap(self.target_layers, cut=not differentiable)
+        tap = Tap(self.target_layers, cut=not differentiable, one_pass=True)
         # inference_mode(False): Lightning validates in inference mode, which enable_grad cannot
         # leave; the trunk itself needs no graph.
         with (

@@ -206,6 +206,6 @@ class UniCAM:
 def _activations(
     model: nn.Module, layers: dict[str, nn.Module], images: Tensor
 ) -> dict[str, Tensor]:
-    with evaluating(model), Tap(layers, cut=False) as tap:
+    with evaluating(model), Tap(layers, cut=False, one_pass=True) as tap:
         model(images)
     return tap.reached()

@@ -153,13 +153,18 @@ class RelevanceScore(_Similarity):
     def __init__(self, mode: str = "dataset", *, unbiased: bool = True, **kwargs: Any) -> None:
         super().__init__(mode, **kwargs)
         self.unbiased = unbiased
+        self._partial: bool | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self._partial = None
 
     def update(self, features: Tensor, targets: Tensor, given: Tensor | None = None) -> None:
         if given is not None and not self.unbiased:
             raise ValueError("given: a partial score needs unbiased=True")
-        seen = self.mode == "dataset" and not _empty(self.features)
-        if seen and _empty(self.given) != (given is None):
+        if self._partial not in (None, given is not None):
             raise ValueError("given: expected in every update or in none")
+        self._partial = given is not None
         self._take(features, targets, *(() if given is None else (given,)))
 
     def _score(self, *columns: Tensor) -> Tensor:

@@ -22,15 +22,12 @@ from torch import Tensor
 
 from fastxkd.ops.distance import distance_sums
 
-# Inner products below this share of the uncentred ones are rounding: the feature is constant.
-CONSTANT = 1e-12
-
 
 class InnerProducts(NamedTuple):
-    """K x K inner products of centred distance matrices, and the scale they are judged by."""
+    """K x K inner products of centred distance matrices, and what of them is rounding."""
 
     values: Tensor
-    scale: Tensor  # [K]: the mean squared distance of each matrix
+    noise: Tensor  # [K]: a squared norm that rounding of the distances alone may reach
 
     def correlation(self, k: int, l: int) -> Tensor:  # noqa: E741
         v = self.values
@@ -41,24 +38,28 @@ class InnerProducts(NamedTuple):
         v = self.values
         a = torch.where(self._constant(l), 0, v[k, l] / v[l, l].where(~self._constant(l), 1))
         rest = v[k, k] - 2 * a * v[k, l] + a * a * v[l, l]
-        # Nothing of k is left beside l: the remainder is rounding, of the order of <k, k>.
-        gone = self._constant(k) | self._constant(g) | (rest <= 1e-10 * v[k, k])
+        # Nothing of k is left beside l: the remainder is rounding.
+        gone = self._constant(k) | self._constant(g) | (rest <= 1e-10 * v[k, k] + self.noise[k])
         return _ratio(v[k, g] - a * v[l, g], rest, v[g, g], gone)
 
     def _constant(self, k: int) -> Tensor:
-        return self.values[k, k] <= CONSTANT * self.scale[k]
+        return self.values[k, k] <= self.noise[k]
 
 
 def _ratio(cross: Tensor, first: Tensor, second: Tensor, undefined: Tensor) -> Tensor:
     product = (first * second).where(~undefined, 1)
-    return torch.where(undefined, 0, cross / product.sqrt())
+    # Cauchy and Schwarz bound it; rounding does not know.
+    return torch.where(undefined, 0, cross / product.sqrt()).clamp(-1, 1)
 
 
 def inner_products(features: list[Tensor], names: list[str], *, unbiased: bool) -> InnerProducts:
-    return centre(*distance_sums(features, names), unbiased=unbiased)
+    return centre(*distance_sums(features, names), _result_dtype(*features), unbiased=unbiased)
 
 
-def centre(products: Tensor, row_sums: Tensor, *, unbiased: bool) -> InnerProducts:
+def centre(
+    products: Tensor, row_sums: Tensor, dtype: torch.dtype, *, unbiased: bool
+) -> InnerProducts:
+    """Inner products of distances that were computed in ``dtype``."""
     n = row_sums.shape[1]
     totals = row_sums.sum(1)
     rows, total = row_sums @ row_sums.T, torch.outer(totals, totals)
@@ -67,7 +68,9 @@ def centre(products: Tensor, row_sums: Tensor, *, unbiased: bool) -> InnerProduc
         values = values / (n * (n - 3))
     else:
         values = products / n**2 - 2 * rows / n**3 + total / n**4
-    return InnerProducts(values, products.diagonal() / n**2)
+    # Rounded distances leave the square of their rounding, float64 sums their own.
+    relative = max((64 * torch.finfo(dtype).eps) ** 2, 64 * torch.finfo(torch.float64).eps)
+    return InnerProducts(values, relative * products.diagonal() / n**2)
 
 
 def _result_dtype(*features: Tensor) -> torch.dtype:
@@ -142,7 +145,7 @@ def partial_distance_correlation(
         explained = found.correlation(1, 2)
         left = 1 - explained.square()
         gone = left <= 1e-10
-        value = torch.where(gone, 0, value / left.where(~gone, 1).sqrt())
+        value = torch.where(gone, 0, value / left.where(~gone, 1).sqrt()).clamp(-1, 1)
     return value.to(_result_dtype(x, y, given))
 
 
@@ -212,9 +215,10 @@ def layer_scores(
             )
     features = [f for side in sides.values() for f in side.values()]
     names = [f"{name}[{layer!r}]" for name, side in sides.items() for layer in side]
-    sums = distance_sums([*features, label_embeddings(targets)], [*names, "targets"])
-    biased, unbiased = centre(*sums, unbiased=False), centre(*sums, unbiased=True)
-    count, labels = len(student), len(features)
+    features.append(label_embeddings(targets))
+    sums, dtype = distance_sums(features, [*names, "targets"]), _result_dtype(*features)
+    biased, unbiased = (centre(*sums, dtype, unbiased=flag) for flag in (False, True))
+    count, labels = len(student), len(features) - 1
     rows = []
     for i, layer in enumerate(student):
         s, b, t = i, count + i, 2 * count + i

@@ -61,9 +61,17 @@ def isa_levels() -> tuple[str, ...]:
 
 
 _forced: ContextVar[_Choice | None] = ContextVar("fastxkd_backend", default=None)
-_from_environment = _choice(
-    os.environ.get("FASTXKD_BACKEND") or "auto", os.environ.get("FASTXKD_ISA") or None
-)
+
+
+def _read_environment() -> _Choice:
+    backend, level = (os.environ.get(f"FASTXKD_{name}") for name in ("BACKEND", "ISA"))
+    try:
+        return _choice(backend or "auto", level or None)
+    except ValueError as error:
+        raise ValueError(f"FASTXKD_BACKEND={backend!r}, FASTXKD_ISA={level!r}: {error}") from None
+
+
+_from_environment = _read_environment()
 
 
 def current_choice() -> _Choice:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastxkd.ops._library import define, kernels, serve
+from fastxkd.ops._library import DTYPES, define, kernels, serve
 from fastxkd.reference import distance as reference
 
 TILE = 512
 # Two strips of centred rows of every matrix are alive at a time. Wide features make the tiles
 # smaller, so that a sweep needs tens of megabytes beside its input, not a copy of it.
-STRIP_ELEMENTS = 1 << 23
+STRIP_ELEMENTS = 1 << 22
 
 
 def _fake(features: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -41,6 +41,11 @@ def _distance(features: list[Tensor]) -> tuple[Tensor, Tensor]:
     row_sums = torch.zeros(k, n, dtype=torch.float64)
     for tile in sweep.tiles():
         sweep.distances(tile, products, row_sums)
+    # What was taken off every distance off the diagonal goes back in, in float64.
+    shift = torch.tensor(sweep.shifts, dtype=torch.float64)
+    back = torch.outer(shift, row_sums.sum(1))
+    products += back + back.T + n * (n - 1) * torch.outer(shift, shift)
+    row_sums += (n - 1) * shift[:, None]
     return products, row_sums
 
 
@@ -99,6 +104,12 @@ def _served_by_reference(features: list[Tensor]) -> bool:
     return serve("distance", features[0]) == "reference"
 
 
+def _rows(feature: Tensor) -> Tensor:
+    """``[n, width]``, values of a row side by side; a view wherever that is possible."""
+    flat = feature.reshape(feature.shape[0], -1)
+    return flat if flat.shape[1] == 1 or flat.stride(1) == 1 else flat.contiguous()
+
+
 class _Tile(NamedTuple):
     rows: slice
     cols: slice
@@ -123,7 +134,7 @@ class _Sweep:
 
     def __init__(self, features: list[Tensor]) -> None:
         self.n = features[0].shape[0]
-        self.features = [f.reshape(self.n, -1) for f in features]
+        self.features = [_rows(f) for f in features]
         self.dtype = (
             torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
         )
@@ -131,15 +142,23 @@ class _Sweep:
         self.means = [f.mean(0).to(self.dtype) for f in self.features]
         self.widths = [f.shape[1] for f in self.features]
         self.tile = max(32, min(TILE, STRIP_ELEMENTS // sum(self.widths)))
+        self.shifts: list[float] = []
         self.buffers: dict[tuple[int, int], list[Tensor]] = {}
 
     def tiles(self) -> Iterator[_Tile]:
         for i in range(0, self.n, self.tile):
             rows = slice(i, min(i + self.tile, self.n))
             self.row_strip = self._strip(rows)
+            if i == 0:
+                # About the typical distance: |x - y|^2 is 2n/(n-1) |x - mean|^2 in the mean.
+                # Any number would do.
+                typical = self.row_strip[1].mean(1) * (2 * self.n / max(1, self.n - 1))
+                self.shifts = typical.sqrt().tolist()
             for j in range(i, self.n, self.tile):
                 cols = slice(j, min(j + self.tile, self.n))
-                self.col_strip = self.row_strip if i == j else self._strip(cols)
+                self.col_strip = self.row_strip  # lets the last strip go before the next is made
+                if i != j:
+                    self.col_strip = self._strip(cols)
                 yield _Tile(rows, cols)
 
     def _strip(self, rows: slice) -> tuple[list[Tensor], Tensor]:
@@ -165,11 +184,13 @@ class _Sweep:
             level,
             threads,
             [g.data_ptr() for g in grams],
-            [x.data_ptr() for x in row],
-            [y.data_ptr() for y in col],
+            [f.data_ptr() for f in self.features],
+            [f.stride(0) for f in self.features],
+            [DTYPES[f.dtype] for f in self.features],
             self.widths,
             row_norms.data_ptr(),
             col_norms.data_ptr(),
+            self.shifts,
             0 if products is None else products.data_ptr(),
             0 if row_sums is None else row_sums.data_ptr(),
             *shape,

@@ -205,7 +205,10 @@ class _KDLossTransformable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _backward_once(ctx, upstream)  # type: ignore[no-any-return]
+        if upstream is None:
+            return (None,) * 11
+        factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
+        return (ctx.grad * factor).to(ctx.grad.dtype), *(None,) * 10
 
 
 def kd_loss_parts(
@@ -278,6 +281,9 @@ def _check(
         culprit = "student_logits" if not isinstance(student, Tensor) else "teacher_logits"
         got = type(student if culprit == "student_logits" else teacher).__name__
         raise TypeError(f"{culprit}: expected a Tensor, got {got}")
+    for name, tensor in (("labels", labels), ("class_weight", class_weight)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(tensor).__name__}")
     if student.dim() < 2:
         raise ValueError(
             f"student_logits: expected [..., rows, classes], got shape {list(student.shape)}"
@@ -296,6 +302,11 @@ def _check(
         )
     if student.shape[-1] == 0:
         raise ValueError(f"student_logits: expected at least one class, got {list(student.shape)}")
+    if reduction == "batchmean" and student.numel() == 0:
+        raise ValueError(
+            f"student_logits: expected at least one row to take a mean of, got"
+            f" {list(student.shape)}"
+        )
     if student.dtype != teacher.dtype:
         raise TypeError(
             f"teacher_logits: expected the dtype of student_logits, {student.dtype},"
@@ -345,4 +356,9 @@ def _check(
         raise ValueError(
             f"class_weight: expected one weight per class, [{student.shape[-1]}],"
             f" got {list(class_weight.shape)}"
+        )
+    if class_weight is not None and class_weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "class_weight: expected a tensor without gradient, got one that requires grad;"
+            " its gradient is not computed"
         )

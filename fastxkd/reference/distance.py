@@ -13,9 +13,10 @@ def _strips(features: list[Tensor]) -> range:
     return range(0, n, max(1, STRIP_BYTES // (8 * max(n, 1) * len(features))))
 
 
-def _flat(feature: Tensor) -> Tensor:
-    exact = torch.float64 if feature.dtype == torch.float64 else torch.float32
-    return feature.reshape(feature.shape[0], -1).to(exact)
+def _flat(features: list[Tensor]) -> list[Tensor]:
+    wide = any(f.dtype == torch.float64 for f in features)
+    exact = torch.float64 if wide else torch.float32
+    return [f.reshape(f.shape[0], -1).to(exact) for f in features]
 
 
 def _strip_distances(feature: Tensor, begin: int, end: int) -> Tensor:
@@ -26,7 +27,7 @@ def _strip_distances(feature: Tensor, begin: int, end: int) -> Tensor:
 
 
 def distance(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-    flat = [_flat(f) for f in features]
+    flat = _flat(features)
     n, k = flat[0].shape[0], len(flat)
     products = flat[0].new_zeros(k, k, dtype=torch.float64)
     row_sums = flat[0].new_zeros(k, n, dtype=torch.float64)
@@ -42,7 +43,7 @@ def distance(features: list[Tensor]) -> tuple[Tensor, Tensor]:
 def distance_backward(
     features: list[Tensor], grad_products: Tensor, grad_row_sums: Tensor, wanted: list[bool]
 ) -> list[Tensor]:
-    flat = [_flat(f) for f in features]
+    flat = _flat(features)
     n, k = flat[0].shape[0], len(flat)
     symmetric = 2 * (grad_products + grad_products.T)
     grads = [
@@ -67,5 +68,5 @@ def distance_backward(
 
 
 def distance_matrix(features: Tensor) -> Tensor:
-    flat = _flat(features)
+    (flat,) = _flat([features])
     return torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")

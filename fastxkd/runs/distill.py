@@ -61,6 +61,12 @@ class DistillPlan:
     feature_limit: int = FEATURE_LIMIT
     title: str = ""
 
+    def teacher_settings(self) -> TrainSettings:
+        own: dict[str, Any] = {"epochs": self.teacher_epochs, "lr": self.teacher_lr}
+        return dataclasses.replace(
+            self.settings, **{name: value for name, value in own.items() if value is not None}
+        )
+
 
 @dataclass
 class ComparePlan:
@@ -114,6 +120,10 @@ def check_before_work(plan: DistillPlan | ComparePlan) -> None:
     for module in ("safetensors", "PIL", "jinja2", "matplotlib"):
         require(module, extra="cli")
     check_sizes(plan.gallery, plan.max_samples, plan.explained, plan.feature_limit)
+    if isinstance(plan, DistillPlan):
+        plan.teacher_settings()
+        if plan.workers < 0:
+            raise ValueError(f"workers: expected 0 or more, got {plan.workers}")
 
 
 def run_distill(plan: DistillPlan, progress: LineProgress | BarProgress) -> Comparison:
@@ -292,13 +302,7 @@ def _stage(
     device: torch.device,
     progress: LineProgress | BarProgress,
 ) -> Distiller:
-    settings = plan.settings
-    if role == "teacher":
-        settings = dataclasses.replace(
-            settings,
-            epochs=plan.teacher_epochs or settings.epochs,
-            lr=plan.teacher_lr or settings.lr,
-        )
+    settings = plan.teacher_settings() if role == "teacher" else plan.settings
     batches = TrainBatches(
         data,
         batch_size=settings.batch_size,
