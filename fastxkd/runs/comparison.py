@@ -153,7 +153,7 @@ def compare_models(
       fits. ``run["features"]`` names the shapes.
     - Grad-CAM explains the teacher's top-1 class in all three models, at each one's last compared
       layer. ``explanation_agreement`` is the mean cosine with the teacher's map over ``explained``
-      images. UniCAM runs on batches of up to 64 of them, with the labels as the task.
+      images balanced over the classes. UniCAM runs on batches of up to 64 of them, with the labels as the task.
     - The gallery takes, alternately over the classes: images that only the student has right (at
       most half), images that only the base has right (at most a quarter), then images that teacher
       and student agree on. Where accuracy is not defined, "right" means "as the teacher says".
@@ -196,8 +196,8 @@ def compare_models(
     rows = _layer_rows(answers, paired)
     answers.features = {}
 
-    order = explained_order(answers, right, gallery, max(explained, gallery, 4))
-    shown = order[: min(gallery, len(order))]
+    order, sampled = explained_order(answers, right, gallery, max(explained, 4))
+    shown = order[: min(gallery, len(answers.labels))]
     maps = explain(models, data, answers, order, paired, device, report)
     similarity = {role: cosines(maps[role], maps["teacher"]) for role in maps if role != "teacher"}
     defined = accuracy_defined(answers, data)
@@ -209,7 +209,7 @@ def compare_models(
             right[role].float().mean().item() if defined else math.nan,
             agreement(answers, role),
             divergence(answers, role),
-            1.0 if role == "teacher" else similarity[role].mean().item(),
+            1.0 if role == "teacher" else similarity[role][torch.from_numpy(sampled)].mean().item(),
         )
         for role in ROLES
     ]
@@ -230,7 +230,7 @@ def compare_models(
                 **answers.shapes,
             },
             "score_samples": len(answers.scored_labels),
-            "explained_images": len(order),
+            "explained_images": int(sampled.sum()),
             "explained_class": "the teacher's top-1",
             "explained_layers": {role: names_[-1] for role, names_ in paired.items()},
             "accuracy_defined": defined,

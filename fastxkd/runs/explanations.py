@@ -21,22 +21,27 @@ UNICAM_BATCH = 64
 
 def explained_order(
     answers: Answers, right: dict[str, Tensor], gallery: int, explained: int
-) -> np.ndarray:
-    """Positions in ``answers`` of the images to explain; those of the gallery come first."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in ``answers`` of the images to explain, and which of them a mean may be over.
+
+    Those of the gallery, chosen by who has them right, come first. Means are over the first
+    ``explained`` images balanced over the classes, whether the gallery has them or not.
+    """
     labels = answers.labels.numpy()
     student, base, teacher = (right[role].numpy() for role in ("student", "base", "teacher"))
     agreeing = (answers.logits["student"].argmax(1) == answers.logits["teacher"].argmax(1)).numpy()
-    anything = np.ones(len(labels), dtype=bool)
     chosen: list[int] = []
     for group, most, until in (
         (student & ~base, (gallery + 1) // 2, gallery),
         (base & ~student, gallery // 4, gallery),
         (agreeing & teacher, gallery, gallery),
-        (anything, explained, explained),
+        (np.ones(len(labels), dtype=bool), gallery, gallery),
     ):
         left = np.setdiff1d(np.flatnonzero(group), chosen)
         chosen += balanced(labels, left, min(most, until - len(chosen))).tolist()
-    return np.asarray(chosen, dtype=np.int64)
+    sample = balanced(labels, np.arange(len(labels)), explained)
+    order = np.asarray([*chosen, *sample[~np.isin(sample, chosen)]], dtype=np.int64)
+    return order, np.isin(order, sample)
 
 
 def explain(
