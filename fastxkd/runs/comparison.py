@@ -153,7 +153,8 @@ def compare_models(
       fits. ``run["features"]`` names the shapes.
     - Grad-CAM explains the teacher's top-1 class in all three models, at each one's last compared
       layer. ``explanation_agreement`` is the mean cosine with the teacher's map over ``explained``
-      images balanced over the classes. UniCAM runs on batches of up to 64 of them, with the labels as the task.
+      images balanced over the classes. UniCAM runs on batches of up to 64, with the labels as the
+      task.
     - The gallery takes, alternately over the classes: images that only the student has right (at
       most half), images that only the base has right (at most a quarter), then images that teacher
       and student agree on. Where accuracy is not defined, "right" means "as the teacher says".
