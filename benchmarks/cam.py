@@ -1,0 +1,135 @@
+"""Class activation maps: whole explainers against the bare forward pass, and the operator alone.
+
+The floor of an explainer is the forward pass without a graph; that of the operator is one reading
+of activations and gradients.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastxkd
+from benchmarks._harness import Case, Skip, Spec, compiled, main
+from fastxkd.reference import cam as reference
+from tests._torchvision import declare_operators
+
+TESTS = ["tests/test_cam.py"]
+
+
+def _imported(module: str, package: str) -> object:
+    declare_operators()
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Skip(f"needs {package} ({error})") from None
+
+
+def resnet50() -> nn.Module:
+    """Random weights, and batch statistics that keep the activations of an ordinary size."""
+    models = _imported("torchvision.models", "torchvision")
+    model = models.resnet50(weights=None)  # type: ignore[attr-defined]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # a plain average: one batch sets them
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 96, 96))
+    return model.eval()
+
+
+def explainers(model: nn.Module, layer: nn.Module, images: Tensor) -> Case:
+    peer = _imported("pytorch_grad_cam", "grad-cam")
+    targets = _imported("pytorch_grad_cam.utils.model_targets", "grad-cam")
+    n = len(images)
+    classes = list(range(n))
+    callables = [targets.ClassifierOutputTarget(c) for c in classes]  # type: ignore[attr-defined]
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(images)
+
+    def ours() -> Tensor:
+        with fastxkd.GradCAM(model, [layer]) as explainer:
+            return explainer(images, classes)  # type: ignore[no-any-return]
+
+    def theirs() -> np.ndarray:
+        with peer.GradCAM(model=model, target_layers=[layer]) as explainer:  # type: ignore[attr-defined]
+            return explainer(input_tensor=images, targets=callables)  # type: ignore[no-any-return]
+
+    def notes() -> dict[str, str]:
+        off = np.abs(ours().numpy() - theirs()).max()
+        return {"ours": f"maps differ from pytorch-grad-cam's by at most {off:.1e}"}
+
+    return Case({"floor: forward": forward, "pytorch-grad-cam": theirs, "ours": ours}, notes=notes)
+
+
+def in_numpy(a: np.ndarray, g: np.ndarray, method: str) -> np.ndarray:
+    """The map as numpy code in explainers computes it."""
+    if method == "layercam":
+        raw = (np.maximum(g, 0) * a).sum(axis=1)
+    else:
+        if method == "gradcam":
+            weights = g.mean(axis=(2, 3))
+        else:
+            squares = g**2
+            total = a.sum(axis=(2, 3), keepdims=True)
+            alpha = squares / (2 * squares + total * squares * g + reference.PLUS_PLUS_EPS)
+            weights = (np.maximum(g, 0) * np.where(g != 0, alpha, 0)).sum(axis=(2, 3))
+        raw = (weights[:, :, None, None] * a).sum(axis=1)
+    raw = np.maximum(raw, 0)
+    raw -= raw.min(axis=(1, 2), keepdims=True)
+    return raw / (reference.MIN_MAX_EPS + raw.max(axis=(1, 2), keepdims=True))
+
+
+def operator(shape: tuple[int, int, int, int], method: str, *, with_compile: bool) -> Case:
+    activations = torch.randn(shape).clamp(min=0)  # after a ReLU, as in most layers
+    gradients = torch.randn(shape) / shape[2] / shape[3]
+    size = list(shape[2:])
+    in_torch: Callable[..., Tensor] = reference.cam
+    fast = compiled(in_torch)
+    arrays = activations.numpy(), gradients.numpy()
+    arguments = (activations, gradients, method, size, True, 1)
+    variants: dict[str, Callable[[], object]] = {
+        "floor: read both": lambda: (activations.sum(), gradients.sum()),
+        "numpy": lambda: in_numpy(*arrays, method),
+        "eager (einsum)" if "gradcam" in method else "eager": lambda: in_torch(*arguments),
+        "torch.compile": lambda: fast(*arguments),
+        "ours": lambda: fastxkd.cam_from(activations, gradients, method),
+    }
+    if not with_compile:
+        variants.pop("torch.compile")
+
+    def notes() -> dict[str, str]:
+        exact = in_numpy(*(x.astype(np.float64) for x in arrays), method)
+        off = np.abs(fastxkd.cam_from(activations, gradients, method).numpy() - exact).max()
+        return {"ours": f"maps differ from float64 numpy by at most {off:.1e}"}
+
+    return Case(variants, 2 * activations.numel() * activations.element_size(), notes)
+
+
+def _resnet_case(batch: int) -> Case:
+    model = resnet50()
+    return explainers(model, model.layer4[-1], torch.randn(batch, 3, 224, 224))  # type: ignore[index]
+
+
+def specs(quick: bool) -> list[Spec]:
+    found = [
+        Spec("GradCAM, ResNet-50 layer4, 8x224x224", lambda: _resnet_case(8), resident=True),
+    ]
+    shapes = [(8, 2048, 7, 7)] if quick else [(8, 2048, 7, 7), (32, 256, 56, 56)]
+    for shape in shapes:
+        for method in ("gradcam", "layercam", "gradcam++"):
+            name = f"operator {method}, {'x'.join(map(str, shape))}"
+            compare = method == "layercam" if quick else True
+            found.append(
+                Spec(name, lambda s=shape, m=method, c=compare: operator(s, m, with_compile=c))
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main("cam", specs, TESTS, __doc__)
