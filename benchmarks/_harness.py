@@ -255,6 +255,8 @@ def main(
         return
     if not selected:
         parser.error(f"--only: no case contains {chosen.only!r}")
+    if chosen.write and chosen.quick:
+        parser.error("--write: a quick look is not kept; run without --quick")
     if chosen.write and not chosen.no_gate:
         gate(tests)
     job = {"threads": chosen.threads, "quick": chosen.quick, "resident": None}

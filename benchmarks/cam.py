@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -117,17 +118,13 @@ def _resnet_case(batch: int) -> Case:
 
 
 def specs(quick: bool) -> list[Spec]:
-    found = [
-        Spec("GradCAM, ResNet-50 layer4, 8x224x224", lambda: _resnet_case(8), resident=True),
-    ]
-    shapes = [(8, 2048, 7, 7)] if quick else [(8, 2048, 7, 7), (32, 256, 56, 56)]
-    for shape in shapes:
-        for method in ("gradcam", "layercam", "gradcam++"):
-            name = f"operator {method}, {'x'.join(map(str, shape))}"
-            compare = method == "layercam" if quick else True
-            found.append(
-                Spec(name, lambda s=shape, m=method, c=compare: operator(s, m, with_compile=c))
-            )
+    batch = 2 if quick else 8
+    name = f"GradCAM, ResNet-50 layer4, {batch}x224x224"
+    found = [Spec(name, lambda: _resnet_case(batch), resident=not quick)]
+    for shape in [(8, 2048, 7, 7)] if quick else [(8, 2048, 7, 7), (32, 256, 56, 56)]:
+        for method in ["gradcam"] if quick else ["gradcam", "layercam", "gradcam++"]:
+            label = f"operator {method}, {'x'.join(map(str, shape))}"
+            found.append(Spec(label, partial(operator, shape, method, with_compile=not quick)))
     return found
 
 

@@ -7,6 +7,7 @@ the tiles that symmetry leaves, and of whole n x n matrices.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -137,19 +138,13 @@ def pair(n: int, width: int) -> Case:
 
 
 def specs(quick: bool) -> list[Spec]:
-    n, pairs = (1500, 500) if quick else (5000, 1000)
-    return [
-        Spec(
-            f"FSS and RS, 4 layers x 3 models, n = {n}, d = 512",
-            lambda: scores(n, 512, 4),
-            rounds=5,
-            resident=True,
-        ),
-        Spec(
-            f"distance_correlation, n = {pairs}, d = 512 and 256, float64",
-            lambda: pair(pairs, 512),
-        ),
-    ]
+    n = 1000 if quick else 5000
+    name = f"FSS and RS, 4 layers x 3 models, n = {n}, d = 512"
+    found = [Spec(name, partial(scores, n, 512, 4), rounds=5, resident=not quick)]
+    if not quick:
+        name = "distance_correlation, n = 1000, d = 512 and 256, float64"
+        found.append(Spec(name, partial(pair, 1000, 512)))
+    return found
 
 
 if __name__ == "__main__":

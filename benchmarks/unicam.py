@@ -6,6 +6,8 @@ memory: n x n x d numbers. The floor is one reading of the two activations.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -72,10 +74,11 @@ def case(n: int, channels: int, side: int) -> Case:
 
 
 def specs(quick: bool) -> list[Spec]:
-    found = [Spec("weights, n = 32, 2048x7x7", lambda: case(32, 2048, 7), resident=True)]
-    if not quick:
-        found.append(Spec("weights, n = 64, 512x7x7", lambda: case(64, 512, 7), resident=True))
-    return found
+    shapes = [(32, 2048, 7)] if quick else [(32, 2048, 7), (64, 512, 7)]
+    return [
+        Spec(f"weights, n = {n}, {c}x{side}x{side}", partial(case, n, c, side), resident=not quick)
+        for n, c, side in shapes
+    ]
 
 
 if __name__ == "__main__":

@@ -217,6 +217,9 @@ def test_main_prints_and_writes_only_when_asked(
     assert len(lines) == 1 + 2 * 4
     with pytest.raises(SystemExit):
         _run_main(monkeypatch, path, "--only", "huge")
+    with pytest.raises(SystemExit):
+        _run_main(monkeypatch, path, "--quick", "--write")
+    assert "a quick look is not kept" in capsys.readouterr().err
 
 
 def _row(allocator: str, variant: str, ms: float, ours: float, **more: object) -> _results.Row:

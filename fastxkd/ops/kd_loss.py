@@ -178,7 +178,7 @@ def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         )
     if upstream is None:
         return (None,) * 11
-    direct = unobserved(grad) and unobserved(upstream)
+    direct = unobserved(grad) and type(upstream) is Tensor
     (_kd_loss_scale_ if direct else torch.ops.fastxkd.kd_loss_scale_.default)(grad, upstream)
     return grad, *(None,) * 10
 
