@@ -166,7 +166,8 @@ class _Sweep:
             torch.sub(f[rows].to(self.dtype), m)
             for f, m in zip(self.features, self.means, strict=True)
         ]
-        norms = torch.stack([torch.linalg.vecdot(x, x) for x in strip])
+        # Not vecdot, which builds the product of the two before it sums.
+        norms = torch.stack([torch.linalg.vector_norm(x, dim=1).square_() for x in strip])
         return strip, norms
 
     def distances(

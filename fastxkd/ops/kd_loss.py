@@ -150,45 +150,47 @@ def _kd_loss_scale_(grad: Tensor, upstream: Tensor) -> None:
     )
 
 
-class _KDLoss(torch.autograd.Function):
+class _KDLossEager(torch.autograd.Function):
+    """For plain eager calls, where a small batch's time is call overhead: one input, one output,
+    everything else in one tuple, and no ``setup_context``, whose use makes torch inspect the
+    signature on every call."""
+
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        kernel = _kd_loss if unobserved(student) else torch.ops.fastxkd.kd_loss.default
-        loss, parts, grad = kernel(student, *rest)
-        ctx.mark_non_differentiable(parts)
-        ctx.set_materialize_grads(False)
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, rest: tuple[Any, ...], parts: list[Tensor]
+    ) -> Tensor:
+        loss, found, grad = _kd_loss(student, *rest)
+        parts.append(found)
         # Kept outside save_for_backward, so that backward can hand the very buffer on instead of a
         # scaled copy: one matrix of logits at the peak, not two.
         ctx.grad = grad
-        return loss, parts
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         if torch.is_grad_enabled():
-            return _backward_once(ctx, upstream)
+            return _backward_once(ctx, upstream)  # type: ignore[no-any-return]
         return _backward(ctx, upstream)
 
 
-def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
     grad, ctx.grad = ctx.grad, None
     if grad is None:
         raise RuntimeError(
             "kd_loss: backward was called a second time; the gradient is handed on, not kept. "
             "Call kd_loss again for another backward pass"
         )
-    if upstream is None:
-        return (None,) * 11
     direct = unobserved(grad) and type(upstream) is Tensor
     (_kd_loss_scale_ if direct else torch.ops.fastxkd.kd_loss_scale_.default)(grad, upstream)
-    return grad, *(None,) * 10
+    return grad, None, None
 
 
 # With create_graph=True: a second derivative through the result is an error, not a zero.
 _backward_once = torch.autograd.function.once_differentiable(_backward)
 
 
-class _KDLossTransformable(torch.autograd.Function):
-    """The same in the form that ``torch.func`` needs, which costs 18 us a call more."""
+class _KDLoss(torch.autograd.Function):
+    """The same in the form that the compiler and ``torch.func`` need."""
 
     generate_vmap_rule = True
 
@@ -204,6 +206,7 @@ class _KDLossTransformable(torch.autograd.Function):
         ctx.grad = grad
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 11
@@ -243,8 +246,7 @@ def kd_loss_parts(
         teacher_logits = teacher_logits.reshape(-1, student_logits.shape[-1])
         labels = None if labels is None else labels.reshape(-1)
     need_grad = student.requires_grad and torch.is_grad_enabled()
-    arguments = (
-        student,
+    rest = (
         teacher_logits,
         labels,
         class_weight,
@@ -254,13 +256,17 @@ def kd_loss_parts(
         ignore_index,
         float(label_smoothing),
         REDUCTIONS[reduction],
+        need_grad,
     )
-    if need_grad:
-        transformed = torch._C._are_functorch_transforms_active()
-        function = _KDLossTransformable if transformed else _KDLoss
-        loss, parts = function.apply(*arguments, True)[:2]
+    if not unobserved(student) or type(teacher_logits) is not Tensor:
+        operator = _KDLoss.apply if need_grad else torch.ops.fastxkd.kd_loss.default
+        loss, parts, _ = operator(student, *rest)
+    elif need_grad:
+        kept: list[Tensor] = []
+        loss = _KDLossEager.apply(student, rest, kept)
+        parts = kept[0]
     else:
-        loss, parts, _ = torch.ops.fastxkd.kd_loss.default(*arguments, False)
+        loss, parts, _ = _kd_loss(student, *rest)
     if reduction == "none" and len(shape) != 1:
         loss, parts = loss.reshape(shape), parts.reshape(2, *shape)
     return loss, parts
