@@ -29,7 +29,10 @@ SANITIZE = os.environ.get("FASTXKD_SANITIZE") == "1"
 # -fno-math-errno and -fno-trapping-math let gcc vectorise the exponential; NaN and infinities
 # keep their meaning, which -ffast-math would take away.
 FLAGS = ["-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-FLAGS += ["-O1", "-g", "-fsanitize=address,undefined"] if SANITIZE else ["-O3", "-g0"]
+if SANITIZE:
+    FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-DFXK_BLOCK=32"]
+else:
+    FLAGS += ["-O3", "-g0"]
 LEVELS = {"baseline": []}
 if X86:
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

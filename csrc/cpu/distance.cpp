@@ -10,8 +10,9 @@ namespace fxk {
 namespace FXK_ISA {
 namespace {
 
-constexpr int64_t kRows = 64;   // rows of one task: fixed, so that any thread count adds alike
-constexpr int64_t kCols = 256;  // columns whose distances of all matrices stay in the first cache
+constexpr int64_t kRows = 64;  // rows of one task: fixed, so that any thread count adds alike
+constexpr int64_t kCols =
+    kBlock < 256 ? kBlock : 256;  // columns whose distances of all matrices stay in the first cache
 
 // |x - y|^2 = |x|^2 + |y|^2 - 2 xy loses its digits where it is small against the norms; below
 // this share it is recomputed from the features.
