@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from tests import oracles
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (3, 2), (7, 33), (128, 100), (41, 1271), (256, 1000)]
 INF = float("inf")
+# The sanitizers' build is not the one that ships: unoptimised, it rounds in another order. The
+# tests then look for memory errors, and this only keeps the numbers sane.
+SLACK = 1e-5 if os.environ.get("FASTXKD_SANITIZE") == "1" else 1e-6
 IGNORE = -100
 
 # name -> keyword arguments of the loss, and keyword arguments of logits()
@@ -119,7 +123,7 @@ def check(
 
     true_loss, true_grad = oracle(student.double(), teacher.double(), labels, options)
     eager_loss, eager_grad = oracle(student, teacher, labels, options)
-    eps = 1e-12 if student.dtype == torch.float64 else 1e-6
+    eps = 1e-12 if student.dtype == torch.float64 else SLACK
     # Errors of single rows, in quadrature: in eager's own sum they may cancel by luck.
     rows_true = sum(oracles.kd_parts(student.double(), teacher.double(), labels, **by_row(options)))
     rows_eager = sum(oracles.kd_parts(student, teacher, labels, **by_row(options)))
