@@ -71,7 +71,8 @@ class BuildKernels(build_ext):
         except Exception as error:
             if wanted(f"FASTXKD_{kind.upper()}"):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = reason if len(reason) <= 120 else f"{reason[:117]}..."
             print(f"fastxkd: installed without {kind.upper()} kernels: {reason}", file=sys.stderr)
 
     # An extension that was left out has no file to copy.
