@@ -165,6 +165,19 @@ def unobserved(tensor: Tensor) -> bool:
     )
 
 
+def cuda_extension() -> str:
+    """What became of the CUDA extension on this machine, in words."""
+    if _cuda is None:
+        return "not built (no nvcc at installation, or FASTXKD_CUDA=0)"
+    runtime, driver = _cuda.versions()
+    versions = f"CUDA runtime {runtime // 1000}.{runtime % 1000 // 10}, driver " + (
+        f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none"
+    )
+    found = f"{_cuda.device_count()} devices" if _cuda.problem() is None else _cuda.problem()
+    built = ", ".join(f"sm_{arch}" for arch in _cuda.ARCHITECTURES.split(";"))
+    return f"built for {built}, holds no operator yet; {versions}; {found}"
+
+
 class Backend(NamedTuple):
     """A row of :func:`backends`."""
 

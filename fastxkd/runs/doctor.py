@@ -9,6 +9,7 @@ import platform
 import torch
 
 import fastxkd
+from fastxkd.ops._library import cuda_extension
 from fastxkd.runs.data import BUILTIN_FILE, FASHION_MNIST_DIRECTORY
 
 # distribution -> what it brings to fastxkd
@@ -47,6 +48,7 @@ def findings() -> dict[str, list[dict[str, str]]]:
             "is": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}",
         },
         {"": "GPU", "is": _gpus()},
+        {"": "CUDA extension", "is": cuda_extension()},
     ]
     kernels = [
         {name: str(value) for name, value in row._asdict().items()} for row in fastxkd.backends()
