@@ -19,7 +19,7 @@ bench: .venv/.bench
 lint: .venv/.test .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 	$(BIN)/mypy
 
 wheel: .venv/.base
@@ -36,17 +36,22 @@ sanitize: .venv/.test
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  FASTXKD_SANITIZE=1 OMP_WAIT_POLICY=passive ../../$(BIN)/python -m pytest -m "not slow" \
-	  -p no:cacheprovider tests/test_kd_loss.py tests/test_cam.py tests/test_distance.py -k "not compile and not opcheck"
+	  -p no:cacheprovider tests/test_kd_loss.py tests/test_divergences.py tests/test_cam.py \
+	  tests/test_distance.py -k "not compile and not opcheck"
 
-# A machine without a compiler: the package installs, says so, and runs on the reference.
+# A machine without a compiler: the package installs, says so, and runs on the reference. -S and the
+# path keep the checkout's own installation out, whose kernels would be found otherwise.
 nocompiler: .venv/.test
 	rm -rf build/nocompiler && mkdir -p build/nocompiler
 	cp -r csrc fastxkd tests setup.py pyproject.toml conftest.py README.md LICENSE build/nocompiler/
 	rm -f build/nocompiler/fastxkd/*.so
 	cd build/nocompiler && env -u FASTXKD_CPU -u FASTXKD_CUDA CC=false CXX=false \
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
-	cd build/nocompiler && OMP_WAIT_POLICY=passive ../../$(BIN)/python -m pytest -m "not slow" \
-	  -p no:cacheprovider tests/test_kd_loss.py tests/test_cam.py tests/test_distance.py
+	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  cd build/nocompiler && export PYTHONPATH="$$site" OMP_WAIT_POLICY=passive && \
+	  ../../$(BIN)/python -S -c "import fastxkd; assert {b.kernel for b in fastxkd.backends()} == {'reference'}" && \
+	  ../../$(BIN)/python -S -m pytest -m "not slow" -p no:cacheprovider tests/test_kd_loss.py \
+	  tests/test_divergences.py tests/test_cam.py tests/test_distance.py
 
 ci: lint test sanitize nocompiler
 
