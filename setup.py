@@ -4,6 +4,7 @@ FASTXKD_CPU=1    a failing C++ build is an error (default: install without kerne
 FASTXKD_CPU=0    leave the C++ kernels out
 FASTXKD_CUDA=1   a failing CUDA build is an error; 0 leaves it out (default: where nvcc is)
 FASTXKD_CUDA_ARCH="80;90"    architectures; the last one also as PTX
+FASTXKD_EMULATOR=1           the CUDA kernels for the CPU as well: tests/test_emulator.py
 FASTXKD_SANITIZE=1           address and undefined-behaviour sanitizers, for the tests
 """
 
@@ -28,7 +29,9 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("FASTXKD_SANITIZE") == "1"
 # -fno-math-errno and -fno-trapping-math let gcc vectorise the exponential; NaN and infinities
 # keep their meaning, which -ffast-math would take away.
-FLAGS = ["-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# -fno-signed-zeros lets it drop sums of nothing. Kernels throw nothing.
+FLAGS = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 if SANITIZE:
     FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-DFXK_BLOCK=32"]
 else:
@@ -66,7 +69,8 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Pybind11Extension) -> None:
         kind = ext.name.rpartition("_")[2]
         try:
-            ext.extra_objects = self.cpu_objects() if kind == "cpu" else self.cuda_objects(ext)
+            if kind != "emulator":
+                ext.extra_objects = self.cpu_objects() if kind == "cpu" else self.cuda_objects(ext)
             super().build_extension(ext)
         except Exception as error:
             if wanted(f"FASTXKD_{kind.upper()}"):
@@ -116,9 +120,13 @@ class BuildKernels(build_ext):
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             target = Path(self.build_temp) / f"{source.stem}.cu.o"
-            command = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC", *gencode]
-            subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
+            command = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=0", *gencode]
             objects.append(str(target))
+            # nvcc takes most of a minute: not for an object that is newer than all it is made of.
+            used = [Path("setup.py"), CSRC / "ops.h", *(CSRC / "cuda").glob("*")]
+            newest = max(path.stat().st_mtime for path in used)
+            if not target.exists() or target.stat().st_mtime < newest:
+                subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         library = next(
             p
             for d in ("lib64", "lib", "targets/x86_64-linux/lib")
@@ -153,11 +161,30 @@ def extensions() -> list[Pybind11Extension]:
                 [str(CSRC / "bindings_cuda.cpp")],
                 cxx_std=17,
                 extra_link_args=[*link, "-ldl", "-lrt", "-lpthread", "-s"],
-                depends=[str(p) for p in sorted((CSRC / "cuda").glob("*"))],
+                depends=[str(p) for p in sorted((CSRC / "cuda").glob("*"))] + headers,
             )
         )
     elif cuda is None:
         print("fastxkd: no nvcc, the CUDA extension is left out", file=sys.stderr)
+    if wanted("FASTXKD_EMULATOR"):
+        # Small bounds, so that small batches reach what large ones run through.
+        flags = ["-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas"]
+        # The sanitizers' checks in optimised code take many minutes to compile.
+        sanitizers = ["-fsanitize=address,undefined", "-O0", "-g1", "-DFXK_EMULATOR_UCONTEXT"]
+        found.append(
+            Pybind11Extension(
+                "fastxkd._emulator",
+                [str(CSRC / "emulator" / "bindings_emulator.cpp")],
+                cxx_std=17,
+                define_macros=[("FXK_TOTALS_READS", "64")],
+                extra_compile_args=[*flags, "-O1", "-g0", *(sanitizers if SANITIZE else [])],
+                extra_link_args=sanitizers[:1] if SANITIZE else [],
+                depends=[
+                    str(p) for folder in ("cuda", "emulator") for p in (CSRC / folder).glob("*")
+                ]
+                + headers,
+            )
+        )
     return found
 
 

@@ -5,6 +5,7 @@ The floor reads both matrices of logits and writes one: no loss with a gradient 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,12 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastxkd
-from benchmarks._harness import Case, Spec, compiled, main
+from benchmarks._harness import Case, Skip, Spec, compiled, main
 from fastxkd.ops import _library
 from fastxkd.reference import kd_loss as reference
 
 TEMPERATURE, CE, KD = 4.0, 0.1, 0.9
-TESTS = ["tests/test_kd_loss.py"]
+TESTS = ["tests/test_kd_loss.py", "tests/test_divergences.py"]
+# Name of a variant -> (code of the divergence, alpha, beta) as the operator takes them.
+DIVERGENCES = {
+    "reverse KL": (1, 0.0, 0.0),
+    "JSD": (2, 0.0, 0.5),
+    "TVD": (3, 0.0, 0.0),
+    "DKD": (4, 1.0, 8.0),
+}
 
 
 def eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -59,15 +67,21 @@ class Step:
         self.inputs[0].grad = None
 
 
-def kernel(student: Tensor, teacher: Tensor, labels: Tensor) -> object:
+def kernel(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    divergence: tuple[int, float, float] = (0, 0.0, 0.0),
+) -> Callable[[], object]:
     """The C++ function alone: every buffer exists already, nothing of torch is called."""
     rows, classes = student.shape
     grad, loss, parts = torch.empty_like(student), torch.empty(()), torch.empty(2)
     module, level, threads = _library.kernels()
-    pointers = [t.data_ptr() for t in (student, teacher, labels)] + [0]
+    pointers = [t.data_ptr() for t in (student, teacher, labels)] + [0, 0, 0]
     pointers += [t.data_ptr() for t in (grad, loss, parts)]
-    sizes = (rows, classes, student.stride(0), teacher.stride(0))
-    factors = (TEMPERATURE, CE, KD, 0.0, -100, 2, _library.DTYPES[student.dtype])
+    sizes = (rows, classes, student.stride(0), classes, teacher.stride(0), 0, (), 0)
+    dtype = _library.DTYPES[student.dtype]
+    factors = (TEMPERATURE, CE, KD, *divergence, 0.0, -100, 2, dtype, dtype)
 
     def call(_keep: object = (student, teacher, labels, grad, loss, parts)) -> None:
         module.kd_loss(level, threads, *pointers, *sizes, *factors)
@@ -75,12 +89,15 @@ def kernel(student: Tensor, teacher: Tensor, labels: Tensor) -> object:
     return call
 
 
-def operator(student: Tensor, teacher: Tensor, labels: Tensor) -> object:
+# Of the bare operator, after the labels.
+REST = (None, None, None, [], 0, TEMPERATURE, CE, KD, 0, 0.0, 0.0, -100, 0.0, 2, True)
+
+
+def operator(student: Tensor, teacher: Tensor, labels: Tensor) -> Callable[[], object]:
     """The operator without autograd: the kernel, and a gradient allocated afresh."""
-    factors = (None, TEMPERATURE, CE, KD, -100, 0.0, 2, True)
 
     def call() -> None:
-        torch.ops.fastxkd.kd_loss(student, teacher, labels, *factors)
+        torch.ops.fastxkd.kd_loss(student, teacher, labels, *REST)
 
     return call
 
@@ -88,7 +105,7 @@ def operator(student: Tensor, teacher: Tensor, labels: Tensor) -> object:
 def errors(student: Tensor, teacher: Tensor, labels: Tensor, rows: int = 512) -> dict[str, str]:
     """Loss against float64; gradient against what rounding the exact one once would cost."""
     student, teacher, labels = (x[:rows].detach() for x in (student, teacher, labels))
-    factors = (None, TEMPERATURE, CE, KD, -100, 0.0, 2, True)
+    factors = (None, None, TEMPERATURE, CE, KD, 0, 0.0, 0.0, -100, 0.0, 2, True)
     exact_loss, _, exact = reference.kd_loss(student.double(), teacher.double(), labels, *factors)
     rounding = (exact.to(student.dtype).double() - exact).norm()
     found = {}
@@ -125,6 +142,23 @@ def case(rows: int, classes: int, dtype: torch.dtype) -> Case:
     return Case(variants, moved, lambda: errors(*inputs))  # type: ignore[arg-type]
 
 
+def kernels_case(rows: int, classes: int, dtype: torch.dtype) -> Case:
+    """The kernel of each divergence, beside that of the forward KL."""
+    teacher = 3 * torch.randn(rows, classes)
+    student = (0.8 * teacher + torch.randn(rows, classes)).to(dtype)
+    teacher, labels = teacher.to(dtype), torch.randint(classes, (rows,))
+    if _library.serve("kd_loss", student) != "cpu":
+        raise Skip("the C++ kernels are not built")
+    out = torch.empty_like(teacher)
+    variants: dict[str, Callable[[], object]] = {
+        "floor: add(s, t, out=g)": lambda: torch.add(student, teacher, out=out),
+        "ours": kernel(student, teacher, labels),
+    }
+    for name, divergence in DIVERGENCES.items():
+        variants[f"ours, {name}"] = kernel(student, teacher, labels, divergence)
+    return Case(variants, 3 * out.numel() * out.element_size())
+
+
 def specs(quick: bool) -> list[Spec]:
     shapes = [(256, 1000, torch.float32), (256, 1000, torch.bfloat16), (128, 100, torch.float32)]
     found = [
@@ -135,8 +169,19 @@ def specs(quick: bool) -> list[Spec]:
         )
         for rows, classes, dtype in shapes
     ]
+    # One thread: what a kernel can do, free of how a machine shares its memory between cores.
+    kernels = [
+        Spec(
+            f"kernels {rows}x{classes} {str(dtype).removeprefix('torch.')}",
+            partial(kernels_case, rows, classes, dtype),
+            threads=(1,),
+            rounds=7,
+        )
+        for rows, classes in ((256, 1000), (4096, 32000))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     large = Spec("4096x32000 float32", partial(case, 4096, 32000, torch.float32), rounds=5)
-    return found[:1] if quick else [*found, large]
+    return found[:1] if quick else [*found, *kernels, large]
 
 
 if __name__ == "__main__":

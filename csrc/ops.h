@@ -7,19 +7,35 @@ namespace fxk {
 
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
+enum Divergence : int {
+  kForwardKL = 0,
+  kReverseKL = 1,
+  kJSD = 2,
+  kTVD = 3,
+  kDecoupled = 4  // alpha * KL(target, rest) + beta * KL among the rest
+};
+
 struct KDLossArgs {
   const void* student;         // [rows, classes], classes contiguous
-  const void* teacher;         // [rows, classes], classes contiguous
+  const void* teacher;         // [models, rows, teacher_classes], the last contiguous
   const int64_t* labels;       // [rows] or null
   const double* class_weight;  // [classes] or null
-  void* grad;                  // [rows, classes] contiguous, or null: evaluation
-  void* loss;                  // [1] or [rows]; float64 for float64 logits, else float32
-  void* parts;                 // [2] or [2, rows]: hard, soft
-  int64_t rows, classes, student_stride, teacher_stride;
-  double temperature, ce_weight, kd_weight, label_smoothing;
+  const double* row_weight;    // [rows] or null
+  const int64_t*
+      teacher_indices;  // [models, rows, teacher_classes] contiguous, or null: every class
+  void* grad;           // [rows, classes] contiguous, or null: evaluation
+  void* loss;           // [1] or [rows]; float64 for float64 logits, else float32
+  void* parts;          // [2] or [2, rows]: hard, soft
+  const double* teacher_weights;  // [models], sums to 1
+  int64_t rows, classes, student_stride;
+  int64_t models, teacher_classes, teacher_stride, teacher_model_stride;
+  int teacher_form;  // 0 logits, 1 probabilities
+  double temperature, ce_weight, kd_weight;
+  int divergence;
+  double alpha, beta, label_smoothing;
   int64_t ignore_index;
   int reduction;  // 0 none, 1 sum, 2 mean over the rows that count
-  int dtype;
+  int dtype, teacher_dtype;
 };
 
 enum CamMethod : int {
@@ -81,8 +97,9 @@ struct DistanceGradTileArgs {
   int dtype;
 };
 
-// What every kernel returns: kOk, kNoMemory, or the row whose label lies outside the classes.
-enum Status : int64_t { kOk = -1, kNoMemory = -2 };
+// What every kernel returns: kOk, kNoMemory, kBadIndex (a teacher index outside the classes), or
+// the row whose label lies outside the classes.
+enum Status : int64_t { kOk = -1, kNoMemory = -2, kBadIndex = -3 };
 
 // kd_loss_scale: grad *= upstream, row by row when per_row; returns at once where every factor is
 // one. distance_tile, distance_grad_tile: one tile of the sweep over pairs, see distance.cpp.

@@ -13,6 +13,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _without_masked(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) per row, classes without probability in p left out."""
+    masked = log_p == -torch.inf
+    pointwise = F.kl_div(
+        log_q.masked_fill(masked, 0),
+        log_p.masked_fill(masked, 0),
+        reduction="none",
+        log_target=True,
+    )
+    return pointwise.masked_fill(masked, 0).sum(1)
+
+
+def soft_rows(
+    s: Tensor, t: Tensor, labels: Tensor | None, divergence: str, alpha: float, beta: float
+) -> Tensor:
+    """The divergence of each row, of logits already divided by the temperature."""
+    if divergence == "dkd":
+        assert labels is not None
+        rows, classes = s.shape
+        others = F.one_hot(labels, classes) == 0
+        picked = [x.gather(1, labels[:, None]) for x in (s, t)]
+        rest = [x[others].view(rows, classes - 1) for x in (s, t)]
+        pairs = [
+            F.log_softmax(torch.cat([p, torch.logsumexp(r, 1, keepdim=True)], 1), 1)
+            for p, r in zip(picked, rest, strict=True)
+        ]
+        target = _without_masked(pairs[1], pairs[0])
+        if classes == 1:
+            return alpha * target
+        among = _without_masked(F.log_softmax(rest[1], 1), F.log_softmax(rest[0], 1))
+        return alpha * target + beta * among
+    log_q, log_p = F.log_softmax(s, 1), F.log_softmax(t, 1)
+    if divergence == "forward_kl":
+        return _without_masked(log_p, log_q)
+    if divergence == "reverse_kl":
+        return _without_masked(log_q, log_p)
+    if divergence == "jsd":
+        weights = torch.tensor([beta, 1 - beta], dtype=s.dtype).log()
+        both = torch.stack([log_p + weights[0], log_q + weights[1]])
+        # logsumexp of nothing but -inf has no gradient; such a class has no say.
+        nowhere = (both == -torch.inf).all(0)
+        log_m = torch.logsumexp(both.masked_fill(nowhere, 0), 0).masked_fill(nowhere, 0)
+        return beta * _without_masked(log_p, log_m) + (1 - beta) * _without_masked(log_q, log_m)
+    assert divergence == "tvd"
+    return (log_p.exp() - log_q.exp()).abs().sum(1) / 2
+
+
 def kd_parts(
     student: Tensor,
     teacher: Tensor,
@@ -21,41 +68,38 @@ def kd_parts(
     temperature: float = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
+    divergence: str = "forward_kl",
+    alpha: float = 1.0,
+    beta: float = 0.5,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
     reduction: str = "batchmean",
 ) -> tuple[Tensor, Tensor]:
     """(hard, soft) with their weights, differentiable by autograd."""
     rows = student.shape[0]
     keep = torch.arange(rows) if labels is None else (labels != ignore_index).nonzero()[:, 0]
     s, t = student[keep], teacher[keep]
+    y = None if labels is None else labels[keep]
+    on_row = s.new_ones(len(keep)) if row_weight is None else row_weight[keep].to(s.dtype)
     hard = s.new_zeros(len(keep))
-    weights = s.new_ones(len(keep))
-    if labels is not None:
+    weights = on_row
+    if y is not None:
         weight = None if class_weight is None else class_weight.to(s.dtype)
-        weights = weights if weight is None else weight[labels[keep]]
-        hard = ce_weight * F.cross_entropy(
-            s, labels[keep], weight=weight, label_smoothing=label_smoothing, reduction="none"
+        weights = weights if weight is None else weight[y] * on_row
+        hard = on_row * F.cross_entropy(
+            s, y, weight=weight, label_smoothing=label_smoothing, reduction="none"
         )
-    log_q = F.log_softmax(s / temperature, 1)
-    log_p = F.log_softmax(t / temperature, 1)
-    masked = log_p == -torch.inf
-    pointwise = F.kl_div(
-        log_q.masked_fill(masked, 0),
-        log_p.masked_fill(masked, 0),
-        reduction="none",
-        log_target=True,
-    )
-    soft = kd_weight * temperature**2 * pointwise.masked_fill(masked, 0).sum(1)
+    value = soft_rows(s / temperature, t / temperature, y, divergence, alpha, beta)
+    hard, soft = ce_weight * hard, kd_weight * temperature**2 * on_row * value
     if reduction == "none":
         place = student.new_zeros(rows)
         return place.index_add(0, keep, hard), place.index_add(0, keep, soft)
     hard, soft = hard.sum(), soft.sum()
     if reduction == "batchmean":
-        total = weights.sum()
-        hard = hard / total if total > 0 else hard * 0
-        soft = soft / max(len(keep), 1)
+        hard = hard / weights.sum() if weights.sum() > 0 else hard * 0
+        soft = soft / on_row.sum() if on_row.sum() > 0 else soft * 0
     return hard, soft
 
 

@@ -190,7 +190,7 @@ DTYPE_MISMATCH: dict[str, Case] = {
     "kd_loss teacher is no tensor": (
         lambda: kd(teacher=[1]),
         TypeError,
-        "teacher_logits: expected a Tensor, got list",
+        "teacher_logits: expected Tensors, got int",
     ),
     "kd_loss labels are no tensor": (
         lambda: kd(labels=[0, 1, 2, 3]),
@@ -303,9 +303,9 @@ OPTIONS: dict[str, Case] = {
         "reduction: expected one of none, sum, batchmean, got 'mean'; .*batchmean",
     ),
     "divergence": (
-        lambda: kd(divergence="jsd"),
+        lambda: kd(divergence="hinton"),
         ValueError,
-        "divergence: expected one of forward_kl, got 'jsd'",
+        "divergence: expected one of forward_kl, reverse_kl, jsd, tvd, got 'hinton'",
     ),
     "method": (
         lambda: fastxkd.cam_from(A, A, "scorecam"),

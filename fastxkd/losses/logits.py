@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fastxkd.ops.kd_loss import kd_loss_parts
 
-DIVERGENCES = ("forward_kl",)
+__all__ = ["DKDLoss", "KDLoss", "KDLossParts", "dkd_loss", "kd_loss"]
 
 
 class KDLossParts(NamedTuple):
@@ -25,41 +26,66 @@ class KDLossParts(NamedTuple):
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     temperature: float = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     divergence: str = "forward_kl",
+    beta: float = 0.5,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    teacher_form: str = "logits",
+    teacher_indices: Tensor | Sequence[Tensor] | None = None,
+    teacher_weights: Sequence[float] | None = None,
     reduction: str = "batchmean",
     return_parts: bool = False,
 ) -> Tensor | KDLossParts:
     r"""Knowledge distillation loss, value and gradient in one pass over the logits.
 
     .. math::
-        L = ce\_weight \cdot CE(s, y)
-            + kd\_weight \cdot T^2 \cdot KL(softmax(t / T) \,\|\, softmax(s / T))
+        L = ce\_weight \cdot CE(s, y) + kd\_weight \cdot T^2 \cdot D(p, q), \quad
+        p = softmax(t / T), \; q = softmax(s / T)
 
     averaged over the rows that count. The factor :math:`T^2` is part of the loss (Hinton et al.
-    2015, section 2), so ``kd_weight`` keeps its meaning when the temperature changes.
+    2015, section 2), so ``kd_weight`` keeps its meaning when the temperature changes. It is there
+    for every divergence:
+
+    ================  ==========================================================================
+    ``"forward_kl"``  :math:`KL(p \| q)`, Hinton's; the student covers what the teacher does
+    ``"reverse_kl"``  :math:`KL(q \| p)`; the student keeps to the teacher's modes (Gu et al. 2024)
+    ``"jsd"``         :math:`\beta KL(p \| m) + (1 - \beta) KL(q \| m)` with
+                      :math:`m = \beta p + (1 - \beta) q` (Agarwal et al. 2024); beta 0 and 1 are
+                      read as forward and reverse KL
+    ``"tvd"``         :math:`\tfrac12 \sum |p - q|`
+    ================  ==========================================================================
 
     Args:
         student_logits: ``[..., classes]`` with at least two dimensions, float32, bfloat16, float16
             or float64. The last dimension should be contiguous; rows may be strided or expanded.
-        teacher_logits: the same shape and dtype, without gradient.
+        teacher_logits: the same shape and dtype, without gradient; or a list of them, one for each
+            teacher, whose softened probabilities are averaged.
         labels: int64 class indices ``[...]``; without them the hard part is 0.
         temperature: T, above 0.
         ce_weight: factor of the cross-entropy.
-        kd_weight: factor of ``T^2 * KL``.
-        divergence: ``"forward_kl"``, the one form so far.
+        kd_weight: factor of ``T^2 * D``.
+        divergence: D, see above.
+        beta: the teacher's share in the mixture of ``"jsd"``, in [0, 1].
         ignore_index: rows with this label count in neither part.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``; in [0, 1].
         class_weight: ``[classes]`` weights of the cross-entropy, whose mean is then weighted, as in
             ``cross_entropy(weight=...)``. The soft part is not weighted.
+        row_weight: ``[...]`` floating-point weights of the rows in both parts; ``"batchmean"``
+            divides by their sum, so that weights of 0 and 1 are a mask.
+        teacher_form: what ``teacher_logits`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``,
+            the latter two as they are at T = 1; they are softened like logits.
+        teacher_indices: int64 classes ``[..., k]``, distinct in a row, when ``teacher_logits`` is
+            ``[..., k]`` and holds the values of these classes alone, as stored by offline teachers.
+            The other classes have teacher probability 0; the k are softmaxed among themselves.
+        teacher_weights: one for each of several teachers, scaled to sum to 1; equal without.
         reduction: ``"batchmean"``, ``"sum"`` or ``"none"`` (one value per row).
         return_parts: return :class:`KDLossParts` instead of the loss alone.
 
@@ -70,7 +96,8 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, labels or factors that do not fit, a teacher
-            that requires grad.
+            that requires grad. On a GPU labels are not looked at from the host: a label outside the
+            classes makes its row's loss and gradient NaN.
         RuntimeError: a second backward through the same loss. The gradient is computed in the
             forward pass and handed on; call ``kd_loss`` again instead.
 
@@ -81,11 +108,13 @@ def kd_loss(
     >>> loss.backward()
     >>> round(loss.item(), 4), [round(g, 4) for g in student.grad[0].tolist()]
     (0.1855, [-0.1317, 0.06, 0.0717])
+
+    The two best classes of each row, as an offline teacher stores them:
+
+    >>> values, indices = teacher.log_softmax(1).topk(2)
+    >>> round(kd_loss(student, values, teacher_indices=indices, temperature=1.0).item(), 4)
+    0.2023
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(
-            f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}"
-        )
     loss, parts = kd_loss_parts(
         student_logits,
         teacher_logits,
@@ -93,19 +122,141 @@ def kd_loss(
         temperature=temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,
+        divergence=divergence,
+        alpha=0.0,
+        beta=beta,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         class_weight=class_weight,
+        row_weight=row_weight,
+        teacher_form=teacher_form,
+        teacher_indices=teacher_indices,
+        teacher_weights=teacher_weights,
         reduction=reduction,
     )
     return KDLossParts(loss, parts[0], parts[1]) if return_parts else loss
 
 
-class KDLoss(nn.Module):
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    temperature: float = 4.0,
+    ce_weight: float = 1.0,
+    kd_weight: float = 1.0,
+    target_weight: float = 1.0,
+    others_weight: float = 8.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    teacher_form: str = "logits",
+    teacher_indices: Tensor | Sequence[Tensor] | None = None,
+    teacher_weights: Sequence[float] | None = None,
+    reduction: str = "batchmean",
+    return_parts: bool = False,
+) -> Tensor | KDLossParts:
+    r"""Decoupled knowledge distillation (Zhao et al., CVPR 2022), in the same one pass.
+
+    .. math::
+        L = ce\_weight \cdot CE + kd\_weight \cdot T^2 (
+            \alpha \, KL(b_t \| b_s) + \beta \, KL(\hat p_t \| \hat p_s))
+
+    with :math:`b` the probabilities of the label's class and of all others together,
+    :math:`\hat p` the distribution among the others. ``target_weight`` is alpha, ``others_weight``
+    beta. With alpha = 1 and beta the teacher's probability of the others it would be the KL of
+    :func:`kd_loss`. The published recipe multiplies the soft part by ``min(epoch / 20, 1)``: set
+    ``kd_weight``.
+
+    Arguments, results and errors are those of :func:`kd_loss`; ``labels`` are needed.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -2.0]])
+    >>> round(dkd_loss(student, teacher, torch.tensor([0])).item(), 4)
+    1.3726
+    """
+    if labels is None:
+        raise ValueError("labels: dkd_loss needs them to tell the target from the others, got None")
+    loss, parts = kd_loss_parts(
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        divergence="dkd",
+        alpha=target_weight,
+        beta=others_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        row_weight=row_weight,
+        teacher_form=teacher_form,
+        teacher_indices=teacher_indices,
+        teacher_weights=teacher_weights,
+        reduction=reduction,
+    )
+    return KDLossParts(loss, parts[0], parts[1]) if return_parts else loss
+
+
+class _LogitLoss(nn.Module):
+    """The options that both losses hold."""
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        temperature: float,
+        ce_weight: float,
+        kd_weight: float,
+        ignore_index: int,
+        label_smoothing: float,
+        class_weight: Tensor | None,
+        teacher_form: str,
+        teacher_weights: Sequence[float] | None,
+        reduction: str,
+        return_parts: bool,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.ce_weight = ce_weight
+        self.kd_weight = kd_weight
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weight", class_weight)
+        self.teacher_form = teacher_form
+        self.teacher_weights = teacher_weights
+        self.reduction = reduction
+        self.return_parts = return_parts
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "ce_weight": self.ce_weight,
+            "kd_weight": self.kd_weight,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "class_weight": self.class_weight,
+            "teacher_form": self.teacher_form,
+            "teacher_weights": self.teacher_weights,
+            "reduction": self.reduction,
+            "return_parts": self.return_parts,
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, ce_weight={self.ce_weight},"
+            f" kd_weight={self.kd_weight}, reduction={self.reduction!r}"
+        )
+
+
+class KDLoss(_LogitLoss):
     """:func:`kd_loss` as a module: ``criterion(student_logits, teacher_logits, labels)``.
 
     Takes the keyword arguments of :func:`kd_loss`; ``class_weight`` becomes a buffer and follows
-    ``.to(device)``.
+    ``.to(device)``. What belongs to a batch, ``row_weight`` and ``teacher_indices``, goes into the
+    call.
 
     >>> import torch
     >>> criterion = KDLoss(temperature=2.0)
@@ -114,8 +265,6 @@ class KDLoss(nn.Module):
     0.1099
     """
 
-    class_weight: Tensor | None
-
     def __init__(
         self,
         *,
@@ -123,43 +272,114 @@ class KDLoss(nn.Module):
         ce_weight: float = 0.1,
         kd_weight: float = 0.9,
         divergence: str = "forward_kl",
+        beta: float = 0.5,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
+        teacher_form: str = "logits",
+        teacher_weights: Sequence[float] | None = None,
         reduction: str = "batchmean",
         return_parts: bool = False,
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
+        super().__init__(
+            temperature,
+            ce_weight,
+            kd_weight,
+            ignore_index,
+            label_smoothing,
+            class_weight,
+            teacher_form,
+            teacher_weights,
+            reduction,
+            return_parts,
+        )
         self.divergence = divergence
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.register_buffer("class_weight", class_weight)
-        self.reduction = reduction
-        self.return_parts = return_parts
+        self.beta = beta
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Sequence[Tensor],
+        labels: Tensor | None = None,
+        *,
+        row_weight: Tensor | None = None,
+        teacher_indices: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | KDLossParts:
         return kd_loss(
             student_logits,
             teacher_logits,
             labels,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
             divergence=self.divergence,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            class_weight=self.class_weight,
-            reduction=self.reduction,
-            return_parts=self.return_parts,
+            beta=self.beta,
+            row_weight=row_weight,
+            teacher_indices=teacher_indices,
+            **self._options(),
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, ce_weight={self.ce_weight},"
-            f" kd_weight={self.kd_weight}, reduction={self.reduction!r}"
+        return f"divergence={self.divergence!r}, {super().extra_repr()}"
+
+
+class DKDLoss(_LogitLoss):
+    """:func:`dkd_loss` as a module: ``criterion(student_logits, teacher_logits, labels)``.
+
+    >>> import torch
+    >>> logits = torch.zeros(2, 3)
+    >>> round(DKDLoss()(logits, logits, torch.tensor([0, 1])).item(), 4)
+    1.0986
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 4.0,
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        target_weight: float = 1.0,
+        others_weight: float = 8.0,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        teacher_form: str = "logits",
+        teacher_weights: Sequence[float] | None = None,
+        reduction: str = "batchmean",
+        return_parts: bool = False,
+    ) -> None:
+        super().__init__(
+            temperature,
+            ce_weight,
+            kd_weight,
+            ignore_index,
+            label_smoothing,
+            class_weight,
+            teacher_form,
+            teacher_weights,
+            reduction,
+            return_parts,
         )
+        self.target_weight = target_weight
+        self.others_weight = others_weight
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Sequence[Tensor],
+        labels: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        teacher_indices: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor | KDLossParts:
+        return dkd_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            target_weight=self.target_weight,
+            others_weight=self.others_weight,
+            row_weight=row_weight,
+            teacher_indices=teacher_indices,
+            **self._options(),
+        )
+
+    def extra_repr(self) -> str:
+        weights = f"target_weight={self.target_weight}, others_weight={self.others_weight}"
+        return f"{weights}, {super().extra_repr()}"

@@ -10,11 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from fastxkd._ranges import ranged
 
 # torch comes first: its OpenMP runtime must be the one that the extension finds in the process.
 
@@ -31,6 +34,7 @@ _cuda = _extension("_cuda")
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 OPERATORS = ("kd_loss", "cam", "distance")
+ON_GPU = ("kd_loss",)  # have CUDA and Triton kernels
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 library = torch.library.Library("fastxkd", "DEF")
@@ -106,28 +110,54 @@ def use_backend(name: str, *, isa: str | None = None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def _interpreting() -> bool:
+    """Triton runs kernels in its interpreter, on CPU tensors; asked of the environment, since
+    importing Triton costs a third of a second."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _has(kernel: str, operator: str, device: str, dtype: torch.dtype) -> str | None:
+    """None when a kernel can serve such a call, else what is in the way."""
+    if dtype not in DTYPES:
+        return f"its kernels do not take {dtype}"
+    if kernel == "cpu":
+        if device != "cpu":
+            return f"the C++ kernels do not run on {device} tensors"
+        return "the C++ extension is not built" if _cpu is None else None
+    if operator not in ON_GPU:
+        return f"{operator} has no {kernel} kernel in this version"
+    if kernel == "cuda":
+        if device != "cuda":
+            return f"the CUDA kernels do not run on {device} tensors"
+        if _cuda is None:
+            return "the CUDA extension is not built"
+        problem = _cuda.problem()
+        return None if problem is None else f"the CUDA extension found no device: {problem}"
+    if device != "cuda" and not _interpreting():
+        return f"the Triton kernels do not run on {device} tensors"
+    return None if find_spec("triton") else "triton is not installed: pip install fastxkd[triton]"
+
+
 def _serve(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     """The kernel that serves a call under the current choice, and why."""
     forced = current_choice().backend
-    if forced in ("cuda", "triton"):
-        raise RuntimeError(
-            f"use_backend({forced!r}): {operator} has no {forced} kernel in this version; "
-            "use 'auto', 'cpu' or 'reference'"
-        )
     if forced == "reference":
         return "reference", "asked for"
-    if device != "cpu":
-        why = f"no kernel for {device} tensors in this version"
-    elif _cpu is None:
-        why = "the C++ extension is not built: installed without a compiler"
-    elif dtype not in DTYPES:
-        why = f"the C++ kernels do not take {dtype}"
-    else:
-        level = current_choice().level or isa_levels()[-1]
-        return "cpu", "asked for" if forced == "cpu" else f"C++, {level}"
-    if forced == "cpu":
-        raise RuntimeError(f"use_backend('cpu'): cannot serve {operator}: {why}")
-    return "reference", why
+    if forced != "auto":
+        missing = _has(forced, operator, device, dtype)
+        if missing:
+            raise RuntimeError(f"use_backend({forced!r}): cannot serve {operator}: {missing}")
+        return forced, "asked for"
+    order = ("cuda", "triton") if device == "cuda" else ("cpu",)
+    missing = ""
+    for kernel in order:
+        missing = _has(kernel, operator, device, dtype) or ""
+        if not missing:
+            level = current_choice().level or (isa_levels()[-1] if kernel == "cpu" else "")
+            return kernel, f"C++, {level}" if kernel == "cpu" else kernel
+    if device == "cpu" and _cpu is None:
+        missing = "the C++ extension is not built: installed without a compiler"
+    return "reference", missing
 
 
 def serve(operator: str, tensor: Tensor) -> str:
@@ -149,6 +179,42 @@ def kernels() -> tuple[ModuleType, int, int]:
     level = current_choice().level
     index = _cpu.best_level() if level is None else _cpu.LEVELS.index(level)
     return _cpu, index, torch.get_num_threads()
+
+
+def cuda_kernels(tensor: Tensor) -> tuple[ModuleType, int, int]:
+    """The CUDA module, the tensor's device and that device's current stream."""
+    assert _cuda is not None
+    return _cuda, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def ticket(tensor: Tensor) -> Tensor:
+    """A counter by which the last block of a launch finds itself; that block sets it back to 0.
+
+    A stream runs one launch after the other, so they can share one. A CUDA graph may be replayed
+    beside others and gets its own.
+    """
+    if tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=tensor.device)
+    key = (tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+    return _tickets[key]
+
+
+def kernel_of(backend: str, operator: str, name: str = "") -> Callable[..., Any]:
+    """A kernel that is a Python function: ``reference/`` or ``_triton/``, imported when asked."""
+    folder = "reference" if backend == "reference" else "_triton"
+    module = importlib.import_module(f"fastxkd.{folder}.{operator}")
+    return getattr(module, name or operator)  # type: ignore[no-any-return]
+
+
+def exact_dtype(*features: Tensor) -> torch.dtype:
+    """What sums are taken in: float64 if a feature is float64, else float32."""
+    wide = any(f.dtype == torch.float64 for f in features)
+    return torch.float64 if wide else torch.float32
 
 
 def unobserved(tensor: Tensor) -> bool:
@@ -175,7 +241,7 @@ def cuda_extension() -> str:
     )
     found = f"{_cuda.device_count()} devices" if _cuda.problem() is None else _cuda.problem()
     built = ", ".join(f"sm_{arch}" for arch in _cuda.ARCHITECTURES.split(";"))
-    return f"built for {built}, holds no operator yet; {versions}; {found}"
+    return f"built for {built}, holds {', '.join(ON_GPU)}; {versions}; {found}"
 
 
 class Backend(NamedTuple):
@@ -214,7 +280,7 @@ def define(schema: str, fake: Callable[..., object]) -> Callable[[Kernel], Kerne
 
     def register(kernel: Kernel) -> Kernel:
         name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, kernel, "CompositeExplicitAutograd")
+        library.impl(name, ranged(name)(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastxkd::{name}", fake, lib=library)
         return kernel
 

@@ -1,12 +1,58 @@
 """kd_loss in plain torch, with the gradient in closed form.
 
 No autograd in here: compiled code runs operators below autograd, where it would find no graph.
+With z = s/T, log q = log softmax(z), log p the teacher's, each divergence D has
+
+    forward KL    sum p (log p - log q)                  dD/dz = q - p
+    reverse KL    sum q (log q - log p) = R              dD/dz = q (log q - log p - R)
+    JSD           b KL(p||m) + (1-b) KL(q||m)            dD/dz = (1-b) q (log q - log m - KL(q||m))
+                  with m = b p + (1-b) q
+    TVD           sum |q - p| / 2                        dD/dz = q (sgn - sum q sgn) / 2
+    decoupled     a KL(target or not) + b KL(the rest)   see _decoupled
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+FORWARD_KL, REVERSE_KL, JSD, TVD, DECOUPLED = range(5)
+LOGITS, PROBABILITIES = range(2)
+
+
+def dense_teacher(
+    teacher: Tensor,
+    indices: Tensor | None,
+    weights: list[float],
+    form: int,
+    temperature: float,
+    classes: int,
+) -> Tensor:
+    """Logits [rows, classes] whose softmax at T is the target that the arguments describe.
+
+    ``teacher`` is [rows, k] or, of several models, [models, rows, k]; with ``indices`` of the same
+    shape its k values belong to those classes and the other classes have probability 0.
+    """
+    exact = torch.float64 if teacher.dtype == torch.float64 else torch.float32
+    values = teacher
+    if form == PROBABILITIES:
+        values = teacher.to(exact).log()
+    if indices is not None:
+        missing = torch.full(
+            (*teacher.shape[:-1], classes),
+            -torch.inf,
+            dtype=values.dtype,
+            device=values.device,
+        )
+        values = missing.scatter_(-1, indices, values)
+    if values.dim() == 2:
+        return values
+    log_weights = torch.tensor(weights, dtype=exact, device=values.device).log()
+    log_p = torch.log_softmax(values.to(exact) / temperature, -1)
+    # A class that no teacher knows has -inf in all of them; logsumexp gives -inf, as it must.
+    return temperature * torch.logsumexp(log_p + log_weights[:, None, None], 0)
 
 
 def kd_loss(
@@ -14,14 +60,19 @@ def kd_loss(
     teacher: Tensor,
     labels: Tensor | None,
     class_weight: Tensor | None,
+    row_weight: Tensor | None,
     temperature: float,
     ce_weight: float,
     kd_weight: float,
+    divergence: int,
+    alpha: float,
+    beta: float,
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``student`` and ``teacher`` are [rows, classes]; ``teacher`` may have a wider dtype."""
     rows, classes = student.shape
     exact = torch.float64 if student.dtype == torch.float64 else torch.float32
     s, t = student.to(exact), teacher.to(exact)  # [rows, classes]
@@ -29,8 +80,9 @@ def kd_loss(
     if labels is not None:
         counts = labels != ignore_index
         labels = labels.where(counts, 0)
-    count = counts.sum().to(exact)
-    row_mean = 1 / count.clamp(min=1) if reduction == 2 else torch.ones_like(count)
+    on_row = s.new_ones(rows) if row_weight is None else row_weight.to(exact)
+    on_row = torch.where(counts, on_row, 0)
+    row_mean = _reciprocal(on_row.sum()) if reduction == 2 else s.new_ones(())
 
     hard, soft = s.new_zeros(rows), s.new_zeros(rows)
     grad = torch.zeros_like(s) if need_grad else None
@@ -39,32 +91,110 @@ def kd_loss(
         weight = s.new_ones(classes) if class_weight is None else class_weight.to(exact)
         on_label = weight[labels]  # [rows]
         if reduction == 2:
-            total = (on_label * counts).sum()
-            weight_mean = torch.where(total > 0, 1 / total, 0)
+            weight_mean = _reciprocal((on_label * on_row).sum())
         log_prob = torch.log_softmax(s, 1)
         picked = (1 - label_smoothing) * on_label
         hard = -picked * log_prob.gather(1, labels[:, None])[:, 0]
         spread = label_smoothing / classes * weight  # [classes]
         if label_smoothing > 0:
             hard = hard - torch.where(weight == 0, 0, spread * log_prob).sum(1)
-        hard = ce_weight * hard
+        hard = ce_weight * on_row * hard
         if grad is not None:
             target = torch.zeros_like(s).scatter_(1, labels[:, None], picked[:, None]) + spread
             mass = (picked + spread.sum())[:, None]
-            grad += ce_weight * weight_mean * (mass * log_prob.exp() - target)
+            scale = ce_weight * weight_mean * on_row[:, None]
+            grad += scale * (mass * log_prob.exp() - target)
     if kd_weight != 0:
-        log_q = torch.log_softmax(s / temperature, 1)
-        log_p = torch.log_softmax(t / temperature, 1)
-        p = log_p.exp()
-        soft = kd_weight * temperature**2 * torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
+        if divergence == DECOUPLED:
+            assert labels is not None
+            value, slope = _decoupled(s / temperature, t / temperature, labels, alpha, beta)
+        else:
+            value, slope = _divergence(s / temperature, t / temperature, divergence, beta)
+        soft = kd_weight * temperature**2 * on_row * value
         if grad is not None:
-            grad += kd_weight * temperature * row_mean * (log_q.exp() - p)
+            grad += kd_weight * temperature * row_mean * on_row[:, None] * slope
 
+    # An ignored row may hold anything, NaN included: select, do not multiply by zero.
     hard, soft = torch.where(counts, hard, 0), torch.where(counts, soft, 0)
     if reduction != 0:
         hard, soft = hard.sum() * weight_mean, soft.sum() * row_mean
     if grad is None:
         return hard + soft, torch.stack([hard, soft]), student.new_empty(0)
-    # An ignored row may hold anything, NaN included: select, do not multiply by zero.
     grad = torch.where(counts[:, None], grad, 0).to(student.dtype)
     return hard + soft, torch.stack([hard, soft]), grad.contiguous()
+
+
+def _reciprocal(total: Tensor) -> Tensor:
+    """1 / total; 0 where nothing counts."""
+    return torch.where(total != 0, 1 / total, 0)
+
+
+def _weighted(p: Tensor, ratio: Tensor) -> Tensor:
+    """p * ratio, 0 where p is: a masked class has an infinite logarithm and no say."""
+    return torch.where(p == 0, 0, p * ratio)
+
+
+def _divergence(
+    student: Tensor, teacher: Tensor, divergence: int, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Value [rows] and gradient [rows, classes] with respect to the softened student logits."""
+    log_q, log_p = torch.log_softmax(student, 1), torch.log_softmax(teacher, 1)
+    # Not exp(log q): a large negative logarithm has lost the digits.
+    q, p = torch.softmax(student, 1), torch.softmax(teacher, 1)
+    if divergence == FORWARD_KL:
+        return _weighted(p, log_p - log_q).sum(1), q - p
+    if divergence == REVERSE_KL:
+        u = _weighted(q, log_q - log_p)
+        value = u.sum(1)
+        return value, u - q * value[:, None]
+    if divergence == JSD:
+        # In log space: where both round to 0, the mixture's logarithm is still finite.
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+        u = _weighted(q, log_q - log_m)
+        to_student = u.sum(1)
+        to_teacher = _weighted(p, log_p - log_m).sum(1)
+        value = beta * to_teacher + (1 - beta) * to_student
+        return value, (1 - beta) * (u - q * to_student[:, None])
+    difference = q - p
+    # torch's sign of NaN is 0
+    u = torch.where(difference.isnan(), difference, q * difference.sign())
+    return difference.abs().sum(1) / 2, (u - q * u.sum(1, keepdim=True)) / 2
+
+
+def _decoupled(
+    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """alpha * KL of (target, rest) + beta * KL among the rest; both against the label's class.
+
+    With r the probability of the rest and ^ the distributions among it, d/dz of the target is
+    alpha (q_k - p_k) and of another class beta (q^ - p^) - alpha (q_k - p_k) q^.
+    """
+    at = labels[:, None]
+
+    def split(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rest = z.scatter(1, at, -torch.inf)
+        # Taken off first: the logarithm of a sum far from 0 would round the digits away.
+        highest = rest.amax(1, keepdim=True)
+        highest = torch.where(highest == -torch.inf, 0, highest)
+        z, rest = z - highest, rest - highest
+        mass = rest.exp().sum(1)
+        total = mass.log()
+        picked = z.gather(1, at)[:, 0]
+        whole = torch.logaddexp(total, picked)
+        return picked - whole, total - whole, rest, mass
+
+    def among(rest: Tensor, mass: Tensor) -> Tensor:
+        # Without another class (or with all of them masked) there is nothing among the rest.
+        return torch.where(mass[:, None] == 0, 0, torch.softmax(rest, 1))
+
+    log_q, log_q_rest, student_rest, student_mass = split(student)
+    log_p, log_p_rest, teacher_rest, teacher_mass = split(teacher)
+    q, q_rest, q_among = log_q.exp(), log_q_rest.exp(), among(student_rest, student_mass)
+    p, p_rest, p_among = log_p.exp(), log_p_rest.exp(), among(teacher_rest, teacher_mass)
+    target = _weighted(p, log_p - log_q) + _weighted(p_rest, log_p_rest - log_q_rest)
+    others = _weighted(p_among, teacher_rest - student_rest).sum(1)
+    others = others + _weighted(p_among.sum(1), (student_mass / teacher_mass).log())
+    # The same number twice; the one without the 1 in it keeps its digits.
+    shift = torch.where(q > 0.5, p_rest - q_rest, q - p)[:, None]
+    slope = beta * (q_among - p_among) - alpha * shift * q_among
+    return alpha * target + beta * others, slope.scatter(1, at, alpha * shift)
