@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from fastxkd import metrics
+from fastxkd import losses, metrics
 from fastxkd._version import __version__
 from fastxkd.cam import (
     GradCAM,
@@ -15,7 +15,29 @@ from fastxkd.cam import (
     cam_from,
     capture,
 )
-from fastxkd.losses import KDLoss, KDLossParts, kd_loss
+from fastxkd.losses import (
+    ATLoss,
+    CATKDLoss,
+    CCLoss,
+    CKDLoss,
+    DCLoss,
+    DKDLoss,
+    E2KDLoss,
+    FitNetLoss,
+    KDIGALoss,
+    KDLoss,
+    KDLossParts,
+    LinearKDLoss,
+    MixKDLoss,
+    PKTLoss,
+    ReviewKDLoss,
+    RKDLoss,
+    SPLoss,
+    VIDLoss,
+    dkd_loss,
+    kd_loss,
+    linear_kd_loss,
+)
 from fastxkd.metrics import distance_correlation, layer_scores, partial_distance_correlation
 from fastxkd.ops._library import backends, use_backend
 
@@ -23,23 +45,42 @@ if _TYPE_CHECKING:
     from fastxkd.metrics import FeatureSimilarityScore, RelevanceScore
 
 __all__ = [
+    "ATLoss",
+    "CATKDLoss",
+    "CCLoss",
+    "CKDLoss",
+    "DCLoss",
+    "DKDLoss",
+    "E2KDLoss",
     "FeatureSimilarityScore",
+    "FitNetLoss",
     "GradCAM",
     "GradCAMPlusPlus",
     "HiResCAM",
+    "KDIGALoss",
     "KDLoss",
     "KDLossParts",
     "LayerCAM",
+    "LinearKDLoss",
+    "MixKDLoss",
+    "PKTLoss",
+    "RKDLoss",
     "RelevanceScore",
+    "ReviewKDLoss",
+    "SPLoss",
     "UniCAM",
+    "VIDLoss",
     "XGradCAM",
     "__version__",
     "backends",
     "cam_from",
     "capture",
     "distance_correlation",
+    "dkd_loss",
     "kd_loss",
     "layer_scores",
+    "linear_kd_loss",
+    "losses",
     "metrics",
     "partial_distance_correlation",
     "use_backend",

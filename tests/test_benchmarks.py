@@ -379,7 +379,9 @@ def test_missing_peer_is_a_skip_with_its_name() -> None:
         cam._imported("no_such_module", "no-such-package")
 
 
-@pytest.mark.parametrize("name", ["kd_loss", "cam", "unicam", "distance"])
+@pytest.mark.parametrize(
+    "name", ["kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance"]
+)
 def test_specs_have_distinct_names_and_tests_that_exist(name: str) -> None:
     module = __import__(f"benchmarks.{name}", fromlist=["_"])
     for quick in (True, False):
