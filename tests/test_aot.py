@@ -1,0 +1,103 @@
+"""The Triton kernels compiled for GPUs that need not be there: nothing spills, loads are wide."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.conftest import needs
+
+if TYPE_CHECKING:
+    from benchmarks.registers import Case
+
+TARGETS = ("sm_80", "sm_90", "gfx942")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "dkd")
+
+
+def chosen() -> list[tuple[str, torch.dtype, str, bool]]:
+    """Size of the rows, dtype, divergence, all options or none. A compilation takes a second, so
+    not everything with everything: ``python -m benchmarks.registers`` has the whole table."""
+    single, half, double = torch.float32, torch.bfloat16, torch.float64
+    cases = [(size, single, name, True) for size in ("row", "long") for name in DIVERGENCES]
+    cases += [(size, double, "dkd", True) for size in ("row", "long")]
+    cases += [("rows", single, "tvd", False), ("half", half, "reverse_kl", False)]
+    cases += [("row", half, name, False) for name in ("forward_kl", "reverse_kl")]
+    cases += [("row", torch.float16, "jsd", True), ("long", half, "forward_kl", False)]
+    cases += [("scale", dtype, "", False) for dtype in (single, half, double)]
+    return cases
+
+
+def case(size: str, dtype: torch.dtype, divergence: str, everything: bool) -> Case:
+    from benchmarks import registers
+
+    classes = registers.sizes(dtype)["long" if size == "scale" else size]
+    return registers.Case(size, classes, dtype, divergence, everything)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", chosen(), ids=lambda o: f"{o[0]}, {o[1]}, {o[2]}, {o[3]}")
+def test_nothing_spills_and_loads_are_wide(
+    options: tuple[str, torch.dtype, str, bool], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks import registers
+
+    usage, text = registers.compiled(case(*options), target)
+    assert usage.spills == 0
+    assert 0 < usage.registers <= usage.available
+    if target.startswith("gfx"):
+        assert "global_load_dwordx4" in text
+    else:
+        # Two matrices, at least one load of 16 bytes of each.
+        assert usage.wide_loads >= (2 if options[2] else 1)
+        assert "STG.E.128" in text
+
+
+@pytest.mark.parametrize("classes", [1000, 1001])
+def test_rows_of_16_bytes_are_known_as_such(classes: int) -> None:
+    """1000 is a multiple of 8, which makes 16 bytes of bfloat16; an odd number must not be taken
+    for one."""
+    needs("triton")
+    from benchmarks import registers
+
+    usage, text = registers.compiled(
+        registers.Case("row", classes, torch.bfloat16, "forward_kl"), "sm_90"
+    )
+    matrices = 2 if classes == 1000 else 0
+    assert usage.wide_loads >= matrices
+    assert ("STG.E.128" in text) == (classes == 1000)
+
+
+def test_spills_are_seen() -> None:
+    """More numbers for a thread than it has registers: the count that the tests trust must rise."""
+    needs("triton")
+    from benchmarks import registers
+    from fastxkd._triton import kd_loss as kernels
+
+    limits = kernels.ON_CHIP
+    kernels.ON_CHIP = {4: 1 << 14, 8: 1 << 14}
+    try:
+        usage, _ = registers.compiled(
+            registers.Case("row", 1 << 14, torch.float32, "forward_kl"), "sm_90"
+        )
+        assert usage.spills > 0
+    finally:
+        kernels.ON_CHIP = limits
+
+
+def test_the_compiled_kernels_are_those_of_a_call() -> None:
+    """The arguments that decide what is compiled are the plan's own; here, that it follows them."""
+    needs("triton")
+    from benchmarks import registers
+
+    for dtype in (torch.float32, torch.float64):
+        for size, kernel in (("rows", "on_chip"), ("row", "on_chip"), ("long", "looped")):
+            launch = case(size, dtype, "dkd", True).launch("sm_90")
+            assert launch.kernel.__name__ == f"_kd_loss_{kernel}"
+            assert launch.arguments["ROWS"] == (4 if size == "rows" else 1)
+            assert launch.programs <= 132 * 1024 // (32 * launch.options["num_warps"])
+    assert set(registers.TARGETS) == set(TARGETS)
+    assert set(registers.DIVERGENCES) == set(DIVERGENCES)
