@@ -1,0 +1,121 @@
+"""What nvcc makes of the CUDA kernels, on a machine that need not have a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "csrc" / "cuda" / "kd_loss.cu"
+ARCHITECTURES = ["80", "90"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the path"),
+    pytest.mark.skipif(not SOURCE.exists(), reason="not a source checkout"),
+]
+
+# One kernel in the output of `ptxas -v`.
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\d+)'"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def test_no_kernel_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kernel keeps its row in registers, on both architectures."""
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "--threads=0",
+        *gencode,
+        "-Xptxas=-v",
+        "-c",
+        str(SOURCE),
+    ]
+    made = subprocess.run(
+        [*command, "-o", str(tmp_path / "kd_loss.o")], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert "warning" not in made.stderr, made.stderr
+    kernels = [match.groupdict() for match in KERNEL.finditer(made.stderr)]
+    assert len(kernels) == made.stderr.count("Compiling entry function")
+    # Three element types by four layouts, three more by one, six forms of the loss each; 6 others.
+    assert len(kernels) == len(ARCHITECTURES) * ((3 * 4 + 3) * 6 + 6)
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(k["name"] for k in kernels), capture_output=True, text=True
+    ).stdout.splitlines()
+    table: dict[str, list[str]] = {}
+    for name, kernel in zip(names, kernels, strict=True):
+        short = re.sub(r"^void |fxk::cuda::|\(anonymous namespace\)::|\(.*$", "", name)
+        table.setdefault(short, []).append(f"sm_{kernel['arch']} {kernel['registers']:>3}")
+    with capsys.disabled():
+        print("\nregisters per thread")
+        for name in sorted(table):
+            print(f"  {name:60} {', '.join(sorted(table[name]))}")
+    # Of the kernels and of the functions that they call.
+    frames = re.findall(
+        r"(\d+) bytes stack.*?(\d+) bytes spill s.*?(\d+) bytes spill l", made.stderr
+    )
+    assert len(frames) >= len(kernels)
+    assert {number for frame in frames for number in frame} == {"0"}
+
+
+WITHOUT_A_DRIVER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("fastxkd._cuda", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.ARCHITECTURES)
+if module.problem() is None:
+    print("has a device")
+else:
+    assert module.device_count() == 0
+    for call, arguments in (
+        (module.kd_loss, [0] * 4 + [64] * 2 + [0] * 5 + [64, 64, 2, 3, 3, 3, 3, 0, (), 0]
+         + [4.0, 0.1, 0.9, 0, 1.0, 1.0, 0.0, -100, 2, 0, 0]),
+        (module.kd_loss_scale, [0, 0, 64, 64, 2, 3, False, 0]),
+    ):
+        try:
+            call(*arguments)
+        except RuntimeError as error:
+            print(error)
+"""
+
+
+def test_the_extension_links_and_imports_without_a_driver(tmp_path: Path) -> None:
+    """Addresses that are nobody's: where there is no device, no launch gets as far as them."""
+    environment = {**os.environ, "FASTXKD_CPU": "0", "FASTXKD_CUDA": "1"}
+    # Objects are kept: a second run has nothing to compile.
+    temp = ROOT / "build" / "cuda-test"
+    subprocess.run(
+        [
+            *[sys.executable, "setup.py", "-q", "build_ext"],
+            *[f"--build-lib={tmp_path}", f"--build-temp={temp}"],
+        ],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+    )
+    (path,) = (tmp_path / "fastxkd").glob("_cuda.*")
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_DRIVER, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    built, *errors = run.stdout.splitlines()
+    assert set(built.split(";")) <= set(ARCHITECTURES)
+    if errors != ["has a device"]:
+        assert len(errors) == 2
+        assert all("driver" in error or "device" in error for error in errors), errors
