@@ -1,0 +1,581 @@
+"""The GPU kernels where they run: numbers, streams, graphs, and that the host never waits.
+
+Needs a CUDA device; ``python -m benchmarks.gpu`` runs it too. The truth is autograd in float64 on
+the CPU. With FASTXKD_CUDA=1 a missing CUDA extension is a failure, without it a skip.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastxkd
+from fastxkd.losses import explanations, features, inputs, linear, relations
+from fastxkd.ops import _library
+from tests import oracles
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+CUDA = torch.device("cuda")
+IGNORE, NAN = -100, float("nan")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "forward_kl": {},
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": "jsd", "beta": 0.3},
+    "tvd": {"divergence": "tvd"},
+    "dkd": {"divergence": "dkd", "alpha": 1.0, "beta": 8.0},
+}
+# Warps, blocks, and rows that no block holds; lengths that no vector divides.
+SHAPES = (
+    (1, 1),
+    (7, 33),
+    (128, 100),
+    (256, 1000),
+    (41, 1271),
+    (24, 5003),
+    (16, 32000),
+    (3, 151936),
+)
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+# --- the comparison, which benchmarks.gpu uses as well
+
+
+class Errors(NamedTuple):
+    """Norms of differences from float64; each may be as large as its limit."""
+
+    loss: float
+    loss_limit: float
+    grad: float
+    grad_limit: float
+
+    def within(self) -> bool:
+        return self.loss <= self.loss_limit and self.grad <= self.grad_limit
+
+
+def logits(
+    rows: int, classes: int, dtype: torch.dtype, *, ignored: float = 0.0, scale: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows * 7919 + classes)
+    teacher = scale * torch.randn(rows, classes, generator=generator)
+    student = 0.8 * teacher + torch.randn(rows, classes, generator=generator)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = IGNORE
+    return student.to(dtype), teacher.to(dtype), labels
+
+
+def loss_of(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """The library's loss, by the oracle's names of the options."""
+    rest = dict(options)
+    if rest.get("divergence") != "dkd":
+        found = fastxkd.kd_loss(student, teacher, labels, **rest)
+    else:
+        assert labels is not None
+        del rest["divergence"]
+        rest |= {"target_weight": rest.pop("alpha"), "others_weight": rest.pop("beta")}
+        rest = {"ce_weight": 0.1, "kd_weight": 0.9} | rest
+        found = fastxkd.dkd_loss(student, teacher, labels, **rest)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _oracle(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient, and the loss of every row."""
+    leaf = student.detach().clone().requires_grad_(True)
+    hard, soft = oracles.kd_parts(leaf, teacher, labels, **options)
+    (hard + soft).sum().backward()
+    assert leaf.grad is not None
+    with torch.no_grad():
+        hard_rows, soft_rows = oracles.kd_parts(
+            student, teacher, labels, **(options | {"reduction": "none"})
+        )
+    return (hard + soft).detach(), leaf.grad, hard_rows + soft_rows
+
+
+def _untied(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The student without classes as likely as the teacher's to the last digits of a float32: the
+    total variation's gradient jumps there, and either side is right."""
+    while True:
+        q, p = (torch.log_softmax(x.double() / temperature, 1) for x in (student, teacher))
+        tied = (q - p).abs() < 1e-5
+        if student.shape[1] == 1 or not tied.any():
+            return student
+        student = torch.where(tied, student + 0.25, student)
+
+
+def compare(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    options: dict[str, Any],
+    device: torch.device,
+) -> Errors:
+    """The library on ``device`` against float64 on the CPU, where the tensors are.
+
+    The limits are what the formula in the same dtype costs and 1e-6; a 16-bit gradient's is a fifth
+    above what storing the true one costs.
+    """
+    if options.get("divergence") == "tvd":
+        student = _untied(student, teacher, options.get("temperature", 4.0))
+    there = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in options.items()
+    }
+    leaf = student.to(device).detach().requires_grad_(True)
+    loss = loss_of(leaf, teacher.to(device), None if labels is None else labels.to(device), there)
+    loss.sum().backward()
+    assert leaf.grad is not None
+    exact = torch.float64 if student.dtype == torch.float64 else torch.float32
+    assert (loss.dtype, leaf.grad.dtype) == (exact, student.dtype)
+    assert leaf.grad.shape == student.shape
+
+    true_loss, true_grad, true_rows = _oracle(student.double(), teacher.double(), labels, options)
+    eager_loss, eager_grad, eager_rows = _oracle(student, teacher, labels, options)
+    eps = 1e-12 if student.dtype == torch.float64 else 1e-6
+    mean = options.get("reduction", "batchmean") == "batchmean"
+    rows = student.shape[0]
+    # Errors of rows in quadrature: in eager's own sum they may cancel by luck.
+    by_rows = (eager_rows.double() - true_rows).norm() / (rows if mean else 1)
+    loss_limit = max((eager_loss.double() - true_loss).norm(), by_rows)
+    loss_limit += eps * max(true_loss.norm(), 1)
+    # What the gradient is the difference of: its scale where that cancels to nothing.
+    parts = options["alpha"] + options["beta"] if options.get("divergence") == "dkd" else 1
+    terms = options.get("ce_weight", 0.1) + (
+        options.get("kd_weight", 0.9) * parts * options.get("temperature", 4.0)
+    )
+    norm = max(true_grad.norm(), 0.1 * terms * rows**0.5 / (rows if mean else 1))
+    grad_limit = (eager_grad.double() - true_grad).norm()
+    if student.dtype in (torch.bfloat16, torch.float16):
+        grad_limit = 1.2 * (true_grad.to(student.dtype).double() - true_grad).norm()
+    return Errors(
+        float((loss.detach().cpu().double() - true_loss).norm()),
+        float(loss_limit),
+        float((leaf.grad.cpu().double() - true_grad).norm()),
+        float(grad_limit + eps * norm),
+    )
+
+
+def check(*arguments: Any, device: torch.device = CUDA) -> None:
+    errors = compare(*arguments, device)
+    assert errors.loss <= errors.loss_limit, errors
+    assert errors.grad <= errors.grad_limit, errors
+
+
+# --- fixtures
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both GPU backends, one after the other."""
+    missing = _library._has(request.param, "kd_loss", "cuda", torch.float32)
+    if missing and os.environ.get("FASTXKD_CUDA") == "1":
+        pytest.fail(f"{request.param}: {missing}")
+    if missing:
+        pytest.skip(missing)
+    with fastxkd.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels are to write is NaN before."""
+    real = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        out = real(*args, **kwargs)
+        if out.is_floating_point() and out.device.type == "cuda" and type(out) is Tensor:
+            with torch.no_grad():
+                out.fill_(NAN)
+        return out
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def on_gpu(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(CUDA) for t in tensors]
+
+
+def step(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_(True)
+    loss = loss_of(leaf, teacher, labels, options)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), grad
+
+
+# --- numbers
+
+
+@every_divergence
+@every_dtype
+def test_matches_float64(kernel: str, dtype: torch.dtype, divergence: str) -> None:
+    # Triton compiles for every length, dtype and divergence anew, a second each.
+    shapes = SHAPES if kernel == "cuda" else ((41, 1271),)
+    for shape in shapes:
+        check(*logits(*shape, dtype, ignored=0.2 if shape[0] > 9 else 0), DIVERGENCES[divergence])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_float64_at_every_length(
+    kernel: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    check(*logits(*shape, dtype), {"temperature": 2.0})
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "none, T=1": {"reduction": "none", "temperature": 1.0},
+    "a temperature without a power": {"temperature": 2.5},
+    "only hard": {"kd_weight": 0.0, "ce_weight": 1.0},
+    "only soft": {"ce_weight": 0.0, "kd_weight": 1.0},
+    "smoothing and weights": {
+        "label_smoothing": 0.1,
+        "class_weight": torch.linspace(0, 2, 33),
+        "row_weight": torch.linspace(0, 3, 9),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_options(kernel: str, dtype: torch.dtype, name: str) -> None:
+    divergences = DIVERGENCES if kernel == "cuda" else {"forward_kl": {}}
+    for divergence in divergences.values():
+        check(*logits(9, 33, dtype, ignored=0.3), divergence | OPTIONS[name])
+
+
+def test_without_labels_and_without_gradient(kernel: str) -> None:
+    student, teacher, _ = logits(9, 33, torch.float32)
+    check(student, teacher, None, {})
+    with torch.no_grad():
+        loss = fastxkd.kd_loss(*on_gpu(student, teacher))
+    with fastxkd.use_backend("reference"):
+        torch.testing.assert_close(loss.cpu(), fastxkd.kd_loss(student, teacher))
+
+
+@every_divergence
+def test_rows_at_odd_places(kernel: str, divergence: str) -> None:
+    """Strided rows whose first element is not where a vector begins."""
+    student, teacher, labels = on_gpu(*logits(20, 1003, torch.float32))
+    mine, theirs = student[::2, 1:-1], teacher[1::2, 2:]
+    mine, theirs = mine[:, : theirs.shape[1]], theirs[:, : mine.shape[1]]
+    y = labels[::2].clamp(max=mine.shape[1] - 1)
+    loss, grad = step(mine, theirs, y, DIVERGENCES[divergence])
+    expected = step(mine.contiguous(), theirs.contiguous(), y, DIVERGENCES[divergence])
+    torch.testing.assert_close(loss, expected[0])
+    torch.testing.assert_close(grad, expected[1])
+    check(mine.cpu(), theirs.cpu(), y.cpu(), DIVERGENCES[divergence])
+
+
+def test_extreme_logits(kernel: str) -> None:
+    student, teacher, labels = logits(9, 33, torch.float32)
+    check(student * 30, teacher * 30, labels, {"temperature": 1.0})
+    check(student + 1000, teacher - 1000, labels, {})
+    teacher[:, 5] = student[:, 5] = -float("inf")
+    labels[labels == 5] = 6
+    check(student, teacher, labels, {})
+
+
+@every_divergence
+def test_ignored_rows_may_hold_anything(kernel: str, divergence: str) -> None:
+    student, teacher, labels = on_gpu(*logits(12, 1000, torch.float32))
+    labels[3:7] = IGNORE
+    expected = step(student, teacher, labels, DIVERGENCES[divergence])
+    student[3:7], teacher[4] = NAN, float("inf")
+    loss, grad = step(student, teacher, labels, DIVERGENCES[divergence])
+    torch.testing.assert_close(loss, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(grad, expected[1], rtol=0, atol=0)
+    assert not grad[3:7].any()
+    labels[:] = IGNORE
+    loss, grad = step(student, teacher, labels, DIVERGENCES[divergence])
+    assert loss.item() == 0
+    assert not grad.any()
+
+
+def test_a_wrong_label_is_its_rows_alone(kernel: str) -> None:
+    student, teacher, labels = on_gpu(*logits(6, 100, torch.float32))
+    expected = step(student, teacher, labels, {"reduction": "none"})
+    labels[2], labels[4] = 100, -7
+    loss, grad = step(student, teacher, labels, {"reduction": "none"})
+    wrong = torch.tensor([False, False, True, False, True, False], device=CUDA)
+    assert loss[wrong].isnan().all()
+    assert grad[wrong].isnan().all()
+    torch.testing.assert_close(loss[~wrong], expected[0][~wrong])
+    torch.testing.assert_close(grad[~wrong], expected[1][~wrong])
+
+
+def test_the_same_numbers_every_time(kernel: str) -> None:
+    given = on_gpu(*logits(4096, 1000, torch.float32, ignored=0.1))
+    first = step(*given, {})
+    for _ in range(5):
+        for one, other in zip(step(*given, {}), first, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_offsets_beyond_31_bits(kernel: str) -> None:
+    rows, classes = 16_400, 131_072
+    assert rows * classes > 2**31
+    # Two matrices of logits, their gradient, and the noise that one is made of.
+    needed = 4 * rows * classes * 2
+    free = torch.cuda.mem_get_info()[0]
+    if free < 1.2 * needed:
+        pytest.skip(f"needs {1.2 * needed / 2**30:.0f} GiB of free memory, has {free / 2**30:.0f}")
+    student = torch.randn(rows, classes, dtype=torch.bfloat16, device=CUDA)
+    teacher = torch.randn(rows, classes, dtype=torch.bfloat16, device=CUDA)
+    labels = torch.randint(classes, (rows,), device=CUDA)
+    options = {"reduction": "none"}
+    loss, grad = step(student, teacher, labels, options)
+    for rows_ in (slice(0, 8), slice(rows - 8, rows)):
+        part = step(student[rows_].clone(), teacher[rows_].clone(), labels[rows_], options)
+        torch.testing.assert_close(loss[rows_], part[0])
+        torch.testing.assert_close(grad[rows_], part[1])
+    assert not loss.isnan().any()
+    last = grad[-8:].clone()
+    torch.ops.fastxkd.kd_loss_scale_(grad, torch.full((rows,), 2.0, device=CUDA))
+    torch.testing.assert_close(grad[-8:], 2 * last, rtol=0, atol=0)
+
+
+# --- the backward pass
+
+
+@every_dtype
+def test_scaling(kernel: str, dtype: torch.dtype) -> None:
+    """By one nothing changes, not by a bit; by other factors each row by its own."""
+    student, teacher, labels = on_gpu(*logits(37, 1003, dtype))
+    _, grad = step(student, teacher, labels, {"reduction": "none"})
+    factors = torch.tensor([1.0, 0.5, 1.0, -2.0, 0.0, 1.0, 4.0], device=CUDA).repeat(6)[:37]
+    leaf = student.clone().requires_grad_(True)
+    loss = fastxkd.kd_loss(leaf, teacher, labels, reduction="none")
+    assert isinstance(loss, Tensor)
+    (scaled,) = torch.autograd.grad((loss * factors.to(loss.dtype)).sum(), leaf)
+    expected = grad.double() * factors[:, None].double()  # powers of two: exact
+    if dtype == torch.float16:  # may fall below its smallest number
+        torch.testing.assert_close(scaled.double(), expected, rtol=0, atol=6e-8)
+    else:
+        assert torch.equal(scaled.double(), expected)
+    ones = grad.clone()
+    torch.ops.fastxkd.kd_loss_scale_(ones, torch.ones((), device=CUDA))
+    assert torch.equal(ones, grad)
+
+
+def test_scaling_by_one_does_not_touch_the_gradient(kernel: str) -> None:
+    """Rows whose factor is one are not rewritten: their NaN keep the bits that arithmetic sets."""
+    odd = torch.full((8, 1024), 0x7F800001, dtype=torch.int32, device=CUDA)  # signalling NaN
+    grad = odd.clone().view(torch.float32)
+    factors = torch.tensor([1.0, 2.0] * 4, device=CUDA)
+    torch.ops.fastxkd.kd_loss_scale_(grad, factors)
+    bits = grad.view(torch.int32)
+    assert torch.equal(bits[::2], odd[::2])
+    assert grad[1::2].isnan().all()
+
+
+# --- streams, graphs, and the host
+
+
+def test_no_step_waits_for_the_device(kernel: str) -> None:
+    weights = {
+        "class_weight": torch.linspace(0, 2, 1000, device=CUDA),
+        "row_weight": torch.linspace(0, 3, 64, device=CUDA),
+        "label_smoothing": 0.1,
+    }
+    for divergence in DIVERGENCES.values():
+        for more in ({}, {"reduction": "none"}, weights):
+            given = on_gpu(*logits(64, 1000, torch.bfloat16, ignored=0.2))
+            expected = step(*given, divergence | more)  # compiles
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                found = step(*given, divergence | more)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (33, 5003), (8, 32000)], ids=str)
+def test_graph_capture_and_replay(kernel: str, shape: tuple[int, int]) -> None:
+    student, teacher, labels = on_gpu(*logits(*shape, torch.float32, ignored=0.2))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(student, teacher, labels, {})
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = step(student, teacher, labels, {})
+    for seed in range(3):
+        generator = torch.Generator(CUDA).manual_seed(seed)
+        student.normal_(generator=generator)
+        teacher.normal_(generator=generator)
+        labels.random_(shape[1], generator=generator)
+        labels[seed] = IGNORE
+        graph.replay()
+        expected = step(student, teacher, labels, {})
+        torch.testing.assert_close(loss, expected[0], rtol=0, atol=0)
+        torch.testing.assert_close(grad, expected[1], rtol=0, atol=0)
+
+
+def test_two_streams(kernel: str) -> None:
+    """Launches of two streams run beside each other and share no counter and no scratch."""
+    given = [on_gpu(*logits(rows, 5003, torch.float32, ignored=0.1)) for rows in (2000, 1999)]
+    expected = [step(*g, {}) for g in given]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found: list[list[tuple[Tensor, Tensor]]] = [[], []]
+    for _ in range(10):
+        for mine, stream, inputs_ in zip(found, streams, given, strict=True):
+            with torch.cuda.stream(stream):
+                mine.append(step(*inputs_, {}))
+    torch.cuda.synchronize()
+    for mine, (loss, grad) in zip(found, expected, strict=True):
+        for one in mine:
+            assert torch.equal(one[0], loss)
+            assert torch.equal(one[1], grad)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own, of autograd.Function
+def test_compiled(kernel: str) -> None:
+    student, teacher, labels = on_gpu(*logits(16, 1000, torch.float32))
+    torch._dynamo.reset()
+    compiled = torch.compile(fastxkd.kd_loss, fullgraph=True, backend="aot_eager")
+    leaf = student.clone().requires_grad_(True)
+    loss = compiled(leaf, teacher, labels)
+    loss.backward()
+    expected = step(student, teacher, labels, {})
+    torch.testing.assert_close(loss.detach(), expected[0])
+    torch.testing.assert_close(leaf.grad, expected[1])
+
+
+# --- everything else, on the device
+
+
+def _net(width: int) -> nn.Module:
+    torch.manual_seed(width)
+    # Products of matrices and no convolutions: those may take TensorFloat-32 without being asked.
+    hidden = nn.Linear(3 * 8 * 8, width)
+    return nn.Sequential(nn.Flatten(), hidden, nn.SiLU(), nn.Linear(width, 7))
+
+
+def _pair(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(len(shape))
+    common = torch.randn(shape, generator=generator)
+    return tuple(  # type: ignore[return-value]
+        (common + torch.randn(shape, generator=generator)).relu() for _ in range(2)
+    )
+
+
+Loss = Callable[..., Any]
+# name -> student's tensor, what else is given, and the loss of both
+LOSSES: dict[str, tuple[Tensor, list[Any], Loss]] = {
+    **{
+        name: (student, [teacher], loss)
+        for (student, teacher), named in (
+            (
+                _pair(8, 16, 14, 14),
+                {
+                    "at": features.at_loss,
+                    "catkd": explanations.catkd_loss,
+                    "fitnet": features.fitnet_loss,
+                    "hcl": features.hcl_loss,
+                },
+            ),
+            (_pair(6, 9, 9), {"e2kd": explanations.e2kd_loss}),
+            (
+                _pair(24, 64),
+                {
+                    "cc": relations.cc_loss,
+                    "dc": relations.dc_loss,
+                    "pkt": relations.pkt_loss,
+                    "rkd": relations.rkd_loss,
+                    "sp": relations.sp_loss,
+                    "distance correlation": fastxkd.distance_correlation,
+                },
+            ),
+        )
+        for name, loss in named.items()
+    },
+    "vid": (
+        *(_pair(8, 16, 14, 14)[0], [_pair(8, 16, 14, 14)[1], torch.linspace(0.5, 2, 16)]),
+        lambda s, t, v: features.vid_loss(s, t, variance=v),
+    ),
+    "linear": (
+        torch.randn(40, 12, generator=torch.Generator().manual_seed(5)),
+        [
+            *(torch.linspace(-1, 1, n * 12).sin().view(n, 12) for n in (300, 40, 300)),
+            torch.arange(40),
+        ],
+        lambda s, w, t, v, y: linear.linear_kd_loss(s, w, t, v, y, chunk_rows=16),
+    ),
+    "cam": (
+        _pair(4, 16, 7, 7)[0],
+        [_pair(4, 16, 7, 7)[1] - 0.5],
+        lambda a, g: fastxkd.cam_from(a, g, size=(28, 28)).square().mean(),
+    ),
+    "kdiga": (
+        torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(6)),
+        [_net(6), _net(9), torch.arange(4)],
+        lambda x, s, t, y: _through(s, lambda: inputs.kdiga_loss(s, t, x, y)),
+    ),
+}
+
+
+class _Through(NamedTuple):
+    loss: Tensor
+    parameter: Tensor
+
+
+def _through(student: nn.Module, loss: Callable[[], Any]) -> _Through:
+    """A loss whose gradient goes to the student, not to what it is given."""
+    return _Through(loss(), next(student.parameters()))
+
+
+def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(device, dtype)
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+
+def loss_and_gradient(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    student, rest, loss = LOSSES[name]
+    leaf = moved(student, device, dtype).clone().requires_grad_(True)
+    found = loss(leaf, *(moved(value, device, dtype) for value in rest))
+    value, source = found if isinstance(found, _Through) else (found, leaf)
+    (grad,) = torch.autograd.grad(value, source)
+    return value.detach().cpu().double(), grad.cpu().double()
+
+
+def device_error(name: str, device: torch.device) -> tuple[float, float]:
+    """Of loss and gradient in float32 on ``device``, relative to float64 on the CPU."""
+    exact = loss_and_gradient(name, torch.device("cpu"), torch.float64)
+    found = loss_and_gradient(name, device, torch.float32)
+    return tuple(  # type: ignore[return-value]
+        float((one - other).norm() / other.norm()) for one, other in zip(found, exact, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_losses(name: str) -> None:
+    loss, grad = device_error(name, CUDA)
+    # float32 without a kernel of ours: what torch's own reductions and products leave.
+    assert loss <= 1e-5
+    assert grad <= 1e-4
