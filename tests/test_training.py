@@ -253,7 +253,7 @@ RECIPES: dict[str, Recipe] = {
     "kd, tvd": logits("logits", "KDLoss", 1, divergence="tvd", **PLAIN),
     "linear kd": linear(0.9, ce=0.1, **PLAIN),
     "dkd": logits("logits", "DKDLoss", 1 * SHORT, labels=True, **PLAIN),
-    "dist": logits("logits", "DISTLoss", 2),
+    "dist": logits("dist", "DISTLoss", 1),
     "fitnet": features("features", "FitNetLoss", 100 * SHORT, ["stage3"], channels=True),
     "at": features("features", "ATLoss", 1000 * SHORT, ["stage3"]),
     "vid": features("features", "VIDLoss", 1, ["stage3"], channels=True),

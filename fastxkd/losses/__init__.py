@@ -1,5 +1,6 @@
 """Distillation losses: a function and a module each."""
 
+from fastxkd.losses.dist import DISTLoss, dist_loss
 from fastxkd.losses.explanations import (
     CATKDLoss,
     E2KDLoss,
@@ -41,6 +42,7 @@ __all__ = [
     "CCLoss",
     "CKDLoss",
     "DCLoss",
+    "DISTLoss",
     "DKDLoss",
     "E2KDLoss",
     "FitNetLoss",
@@ -60,6 +62,7 @@ __all__ = [
     "ckd_loss",
     "class_activations",
     "dc_loss",
+    "dist_loss",
     "dkd_loss",
     "e2kd_loss",
     "fitnet_loss",

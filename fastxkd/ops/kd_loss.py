@@ -392,6 +392,38 @@ def kd_loss_parts(
     return loss, parts
 
 
+def check_logits(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    *,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    label_smoothing: float,
+    class_weight: Tensor | None,
+) -> None:
+    """What every loss of logits and a mean over rows expects."""
+    _check(
+        student,
+        teacher,
+        labels,
+        temperature,
+        ce_weight,
+        kd_weight,
+        "forward_kl",
+        0.0,
+        0.0,
+        label_smoothing,
+        class_weight,
+        None,
+        "logits",
+        None,
+        "batchmean",
+        False,
+    )
+
+
 def _teacher_weights(weights: Sequence[float] | None, models: int) -> tuple[float, ...]:
     """Shares of the teachers, which sum to 1."""
     if models == 0:
