@@ -55,13 +55,41 @@ struct Sums {
   double hard, student, teacher, dot;
 };
 
-// Adds up what `body` gives for every position of a run of at most kBlock, in the lanes' own
-// precision, and adds that to `sums` in double.
+// Sums of a row: in the lanes' own precision for a run of up to kBlock, then in double.
+template <class F>
+struct Adder {
+  Sums sums = {0, 0, 0, 0};
+#if defined(__AVX512F__)
+  Terms<F> lanes = {};
+  int64_t pending = 0;
+
+  inline __attribute__((always_inline)) void flush() {
+    if constexpr (sizeof(typename Lane<F>::type) == 64) {
+      sums.hard += _mm512_reduce_add_ps(lanes.hard);
+      sums.student += _mm512_reduce_add_ps(lanes.student);
+      sums.teacher += _mm512_reduce_add_ps(lanes.teacher);
+      sums.dot += _mm512_reduce_add_ps(lanes.dot);
+      lanes = Terms<F>{};
+      pending = 0;
+    }
+  }
+#endif
+
+  inline __attribute__((always_inline)) Sums total() {
+#if defined(__AVX512F__)
+    flush();
+#endif
+    return sums;
+  }
+};
+
+// Adds what `body` gives for every position of a run of at most kBlock.
 template <class F, class Body>
-FXK_INLINE void add_up(int64_t count, Sums* sums, const Body& body) {
+FXK_INLINE void add_up(int64_t count, Adder<F>* adder, const Body& body) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(typename Lane<F>::type) == 64) {
-    Terms<F> a = {};
+    if (adder->pending + count > kBlock) adder->flush();
+    Terms<F> a = adder->lanes;
     for (int64_t j = 0; j < count; j += kLanes) {
       const Terms<F> more = body(j);
       a.hard += more.hard;
@@ -69,10 +97,8 @@ FXK_INLINE void add_up(int64_t count, Sums* sums, const Body& body) {
       a.teacher += more.teacher;
       a.dot += more.dot;
     }
-    sums->hard += _mm512_reduce_add_ps(a.hard);
-    sums->student += _mm512_reduce_add_ps(a.student);
-    sums->teacher += _mm512_reduce_add_ps(a.teacher);
-    sums->dot += _mm512_reduce_add_ps(a.dot);
+    adder->lanes = a;
+    adder->pending += count;
     return;
   } else
 #endif
@@ -86,10 +112,10 @@ FXK_INLINE void add_up(int64_t count, Sums* sums, const Body& body) {
       teacher += more.teacher;
       dot += more.dot;
     }
-    sums->hard += hard;
-    sums->student += student;
-    sums->teacher += teacher;
-    sums->dot += dot;
+    adder->sums.hard += hard;
+    adder->sums.student += student;
+    adder->sums.teacher += teacher;
+    adder->sums.dot += dot;
   }
 }
 
@@ -155,12 +181,29 @@ struct Row {
   }
 };
 
+// Fewer than a vector: by masks where there are some, since memcpy of a length that is not known
+// ahead is a call.
+template <class X>
+FXK_INLINE void copy_some(const X* from, int64_t n, X* to) {
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(X) == 4) {
+    _mm512_mask_storeu_ps(to, (__mmask16)mask, _mm512_maskz_loadu_ps((__mmask16)mask, from));
+    return;
+  } else if constexpr (sizeof(X) == 2) {
+    _mm256_mask_storeu_epi16(to, (__mmask16)mask, _mm256_maskz_loadu_epi16((__mmask16)mask, from));
+    return;
+  }
+#endif
+  memcpy((void*)to, (const void*)from, sizeof(X) * (size_t)n);
+}
+
 template <class X, class F>
 FXK_INLINE void cut(Row<X, F>* row, bool soft, int64_t left_out) {
   const int64_t whole = row->whole, rest = row->classes - whole;
   const auto copy = [](const X* from, int64_t n, X* to) {
     for (int64_t j = 0; j < kLanes; ++j) store(to + j, -(F)INFINITY);
-    memcpy((void*)to, (const void*)from, sizeof(X) * (size_t)n);
+    copy_some(from, n, to);
   };
   if (rest) {
     copy(row->s + whole, rest, row->tail_s);
@@ -207,16 +250,29 @@ FXK_INLINE F vector_max(const X* x, int64_t n, F highest) {
   return m2 > m0 ? m2 : m0;
 }
 
+template <class X>
+FXK_INLINE typename Compute<X>::type first_max(const X* x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename Compute<X>::type) == sizeof(float))
+    return _mm512_reduce_max_ps(load16(x));
+#endif
+  return vector_max(x, kLanes, -(typename Compute<X>::type)INFINITY);
+}
+
 // The shifts of the exponents: the maxima, or, quickly, the maxima over the first vector. An
 // exponential above 1 does no harm; should a sum overflow, the row is done again.
 template <class X, class F>
 Exponents<F> exponents(const Row<X, F>& row, bool soft, double factor, bool quick) {
   F highest = -(F)INFINITY, highest_teacher = highest;
   row.each([&](const X* s, const X* t, int64_t at, int64_t count) {
-    if (quick && at != 0) return;
-    const int64_t n = quick ? kLanes : count;
-    highest = vector_max(s, n, highest);
-    if (soft) highest_teacher = vector_max(t, n, highest_teacher);
+    if (quick) {
+      if (at != 0) return;
+      highest = first_max(s);
+      if (soft) highest_teacher = first_max(t);
+    } else {
+      highest = vector_max(s, count, highest);
+      if (soft) highest_teacher = vector_max(t, count, highest_teacher);
+    }
   });
   const bool nothing = highest == -(F)INFINITY || (soft && highest_teacher == -(F)INFINITY);
   if (quick && nothing) return exponents(row, soft, factor, false);
@@ -255,11 +311,11 @@ FXK_INLINE V exponential(V z) {
 // says; without the guard an infinite logit gives 0 * inf.
 template <class X, class F, int kPower, int kWeight, bool kMasked>
 FXK_INLINE void exponentials(const X* s, const X* t, int64_t count, const Exponents<F>& exponents,
-                             F* es, F* w, F* eh, F* ratio, Sums* sums) {
+                             F* es, F* w, F* eh, F* ratio, Adder<F>* adder) {
   using V = typename Lane<F>::type;
   // By value: behind a reference, each store could be a change of the factors.
   const Exponents<F> z = exponents;
-  add_up<F>(count, sums, [=](int64_t j) __attribute__((always_inline)) {
+  add_up<F>(count, adder, [=](int64_t j) __attribute__((always_inline)) {
     Terms<F> terms = {};
     V logit;
     get(s + j, &logit);
@@ -289,21 +345,21 @@ FXK_INLINE void exponentials(const X* s, const X* t, int64_t count, const Expone
 template <class X, class F, int kPower, int kWeight, bool kMasked>
 Sums row_sums(const Row<X, F>& row, const Exponents<F>& z) {
   constexpr bool kGuard = kWeight == kPlain || kWeight == kCross;
-  Sums sums = {0, 0, 0, 0};
+  Adder<F> adder;
   row.each([&](const X* s, const X* t, int64_t at, int64_t count) __attribute__((always_inline)) {
     F *es = row.exp_student + at, *w = row.weight + at, *eh = row.exp_hard + at;
     F* ratio = row.ratio + at;
     if (s != row.s + at) {  // patch and tail hold -inf
-      exponentials<X, F, kPower, kWeight, kGuard>(s, t, count, z, es, w, eh, ratio, &sums);
+      exponentials<X, F, kPower, kWeight, kGuard>(s, t, count, z, es, w, eh, ratio, &adder);
       return;
     }
     for (int64_t j = 0; j < count; j += kBlock) {
       const int64_t n = count - j < kBlock ? count - j : kBlock;
       exponentials<X, F, kPower, kWeight, kMasked>(s + j, t + j, n, z, es + j, w + j, eh + j,
-                                                   ratio + j, &sums);
+                                                   ratio + j, &adder);
     }
   });
-  return sums;
+  return adder.total();
 }
 
 // Second sweep of the JSD: with m = beta p + (1 - beta) q, w becomes log(q/m). Leaves KL(p || m) in
@@ -312,10 +368,10 @@ Sums row_sums(const Row<X, F>& row, const Exponents<F>& z) {
 // by log p - log q, known from the logits. kTiny keeps two classes that underflow from being 0/0.
 template <class F, bool kGuard>
 FXK_INLINE void mixture_terms(int64_t count, const Mixture<F>& mixture, const F* es, const F* ratio,
-                              F* w, Sums* sums) {
+                              F* w, Adder<F>* adder) {
   using V = typename Lane<F>::type;
   const Mixture<F> m = mixture;
-  add_up<F>(count, sums, [=](int64_t j) __attribute__((always_inline)) {
+  add_up<F>(count, adder, [=](int64_t j) __attribute__((always_inline)) {
     constexpr F kTiny = (F)0x1p-120;
     Terms<F> terms = {};
     V q, p, log_ratio;
@@ -347,16 +403,16 @@ Sums against_mixture(const Row<X, F>& row, const Sums& first, double beta) {
   const F q_factor = (F)(1 / first.student), p_factor = (F)(1 / first.teacher);
   const F offset = (F)log2((double)p_factor / (double)q_factor);
   const Mixture<F> mixture = {q_factor, p_factor, (F)(1 - beta), (F)beta, offset};
-  Sums sums = {0, 0, 0, 0};
+  Adder<F> adder;
   const F *es = row.exp_student, *ratio = row.ratio;
   F* w = row.weight;
   for (int64_t j = 0; j < row.whole; j += kBlock) {
     const int64_t n = row.whole - j < kBlock ? row.whole - j : kBlock;
-    mixture_terms<F, kGuard>(n, mixture, es + j, ratio + j, w + j, &sums);
+    mixture_terms<F, kGuard>(n, mixture, es + j, ratio + j, w + j, &adder);
   }
   const int64_t j = row.whole;
-  if (j != row.classes) mixture_terms<F, true>(kLanes, mixture, es + j, ratio + j, w + j, &sums);
-  return sums;
+  if (j != row.classes) mixture_terms<F, true>(kLanes, mixture, es + j, ratio + j, w + j, &adder);
+  return adder.total();
 }
 
 // Second sweep of the TVD: w becomes sgn(q - p), its mean over q in `student`; sum |q - p| in
@@ -365,12 +421,12 @@ template <class X, class F>
 Sums total_variation(const Row<X, F>& row, const Sums& first) {
   using V = typename Lane<F>::type;
   const F q_factor = (F)(1 / first.student), p_factor = (F)(1 / first.teacher);
-  Sums sums = {0, 0, 0, 0};
+  Adder<F> adder;
   const int64_t n = (row.classes + kLanes - 1) & ~(kLanes - 1);
   for (int64_t k = 0; k < n; k += kBlock) {
     const F* es = row.exp_student + k;
     F* w = row.weight + k;
-    add_up<F>(n - k < kBlock ? n - k : kBlock, &sums,
+    add_up<F>(n - k < kBlock ? n - k : kBlock, &adder,
               [=](int64_t j) __attribute__((always_inline)) {
                 Terms<F> terms = {};
                 V q, p;
@@ -385,7 +441,7 @@ Sums total_variation(const Row<X, F>& row, const Sums& first) {
                 return terms;
               });
   }
-  return sums;
+  return adder.total();
 }
 
 template <class F>
@@ -603,7 +659,7 @@ RowLoss row_loss(Row<X, F>* row_to_cut, const KDLossArgs& a, int64_t label, cons
     if (whole != n) {
       S tail[kLanes];
       gradient<S, F, kPower, kWeight>(es + whole, w + whole, eh + whole, kLanes, slope, tail);
-      memcpy((void*)(grad + whole), (const void*)tail, sizeof(S) * (size_t)(n - whole));
+      copy_some(tail, n - whole, grad + whole);
     }
   }
   if (kHard || decoupled)

@@ -74,7 +74,7 @@ def _dist_loss(
         label_smoothing,
         2,
     )
-    hard, _, hard_grad = _kd_loss(s, t, labels, class_weight, *rest, need_grad)
+    hard, _, hard_grad = _kd_loss(s, t, labels, class_weight, *(*rest, need_grad))
     keep = None if labels is None else labels != ignore_index
     soft, grad = _correlations(s, t, keep, temperature, inter_weight, intra_weight, need_grad)
     parts = torch.stack([hard, soft])

@@ -37,6 +37,7 @@ SCHEMA = (
     " -> (Tensor loss, Tensor parts, Tensor grad)"
 )
 ARGUMENTS = 18
+INF = float("inf")
 BAD_INDEX = -3  # what the C++ kernel returns for a teacher index outside the classes
 
 
@@ -214,7 +215,8 @@ def _kd_loss_scale_(grad: Tensor, upstream: Tensor) -> None:
         grad.mul_(upstream[:, None] if per_row else upstream)
         return
     exact = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    upstream = upstream.to(exact).contiguous()
+    if upstream.dtype != exact or not upstream.is_contiguous():
+        upstream = upstream.to(exact).contiguous()
     if backend == "triton":
         kernel_of(backend, "kd_loss", "kd_loss_scale_")(grad, upstream)
         return
@@ -435,7 +437,7 @@ def _teacher_weights(weights: Sequence[float] | None, models: int) -> tuple[floa
         raise ValueError(
             f"teacher_weights: expected one for each of the {models} teachers, got {len(found)}"
         )
-    if not all(0 <= w < float("inf") for w in found) or sum(found) == 0:
+    if not all(0 <= w < INF for w in found) or sum(found) == 0:
         raise ValueError(
             f"teacher_weights: expected finite numbers of at least 0, not all 0, got {list(found)}"
         )
@@ -478,15 +480,18 @@ def _check(
         culprit = "student_logits" if not isinstance(student, Tensor) else "teacher_logits"
         got = type(student if culprit == "student_logits" else teacher).__name__
         raise TypeError(f"{culprit}: expected a Tensor, got {got}")
-    optional = {
-        "labels": labels,
-        "class_weight": class_weight,
-        "row_weight": row_weight,
-        "teacher_indices": indices,
-    }
-    for name, tensor in optional.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor or None, got {type(tensor).__name__}")
+    # On every call, and as long as a small batch's kernel: no loops where none are needed.
+    if not (
+        (labels is None or isinstance(labels, Tensor))
+        and (class_weight is None or isinstance(class_weight, Tensor))
+        and (row_weight is None or isinstance(row_weight, Tensor))
+        and (indices is None or isinstance(indices, Tensor))
+    ):
+        names = ("labels", "class_weight", "row_weight", "teacher_indices")
+        given = (labels, class_weight, row_weight, indices)
+        for name, tensor in zip(names, given, strict=True):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a Tensor or None, got {type(tensor).__name__}")
     if student.dim() < 2:
         raise ValueError(
             f"student_logits: expected [..., rows, classes], got shape {list(student.shape)}"
@@ -501,11 +506,13 @@ def _check(
             f"student_logits: expected at least one row to take a mean of, got"
             f" {list(student.shape)}"
         )
-    if not temperature > 0 or temperature == float("inf"):
+    if not temperature > 0 or temperature == INF:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    if not (0 <= ce_weight < INF and 0 <= kd_weight < INF):
+        name, value = ("kd_weight", kd_weight)
+        if not 0 <= ce_weight < INF:
+            name, value = ("ce_weight", ce_weight)
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     if divergence not in DIVERGENCES or (divergence == "dkd" and labels is None):
         known = ", ".join(d for d in DIVERGENCES if d != "dkd")
         raise ValueError(f"divergence: expected one of {known}, got {divergence!r}")
@@ -513,7 +520,7 @@ def _check(
         raise ValueError(f"beta: expected the teacher's share, a number in [0, 1], got {beta}")
     if divergence == "dkd":
         for name, value in (("target_weight", alpha), ("others_weight", beta)):
-            if not 0 <= value < float("inf"):
+            if not 0 <= value < INF:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     if divergence == "reverse_kl" and indices is not None:
         raise ValueError(
