@@ -270,6 +270,13 @@ def test_under_no_grad(net: Net, images: Tensor, context: Callable[[], Any], lay
     torch.testing.assert_close(cam(made_inside), expected, rtol=0, atol=1e-6)
 
 
+def test_targets_made_in_inference_mode(net: Net, images: Tensor) -> None:
+    with torch.inference_mode():
+        targets = torch.ones(len(images), dtype=torch.int64)
+    with fastxkd.GradCAM(net, "stem.0") as cam:
+        assert cam(images, targets).equal(cam(images, 1))
+
+
 def test_layer_that_hands_an_inference_tensor_through(images: Tensor) -> None:
     model = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.Flatten(1), nn.Linear(1584, 5))
     expected = by_hand(model, model[0], images.clone().requires_grad_(True))

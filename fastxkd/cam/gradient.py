@@ -193,7 +193,10 @@ def class_score(
     if index.device.type == "cpu" and bool(((index < 0) | (index >= classes)).any()):
         wrong = index[(index < 0) | (index >= classes)][0]
         raise ValueError(f"targets: expected 0 <= class < {classes}, got {int(wrong)}")
-    return output.gather(1, index.to(output.device, torch.int64)[:, None]).sum()
+    index = index.to(output.device, torch.int64)
+    if index.is_inference():  # made under inference_mode: autograd may not keep it
+        index = index.clone()
+    return output.gather(1, index[:, None]).sum()
 
 
 class GradCAM(GradientCAM):

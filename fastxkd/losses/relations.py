@@ -249,7 +249,8 @@ def cc_loss(
     .. math:: K_{ij} = e^{-2 \gamma} \sum_{p = 0}^{P} \frac{(2 \gamma)^p}{p!} \cos(f_i, f_j)^p
 
     or ``kernel="bilinear"``, :math:`K_{ij} = f_i \cdot f_j` of the features as they are. Widths may
-    differ. Usual factor: 0.02.
+    differ. The factor is open: the 0.02 that is often quoted belongs to another term, the mean
+    product of neighbouring rows' differences.
 
     Args:
         student_features: ``[n, ...]``, n >= 2, flattened per sample; any float dtype.
