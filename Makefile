@@ -45,7 +45,7 @@ nocompiler: .venv/.test
 	rm -rf build/nocompiler && mkdir -p build/nocompiler
 	cp -r csrc fastxkd tests setup.py pyproject.toml conftest.py README.md LICENSE build/nocompiler/
 	rm -f build/nocompiler/fastxkd/*.so
-	cd build/nocompiler && env -u FASTXKD_CPU -u FASTXKD_CUDA CC=false CXX=false \
+	cd build/nocompiler && env -u FASTXKD_CPU FASTXKD_CUDA=0 CC=false CXX=false \
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
 	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 	  cd build/nocompiler && export PYTHONPATH="$$site" OMP_WAIT_POLICY=passive && \

@@ -43,7 +43,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "images expanded": lambda x: x[:1].expand(x.shape),
 }
 
-# papers.md 5.2: three channels of two by two
+# Three channels of two by two
 A = [[[1, 2], [0, 3]], [[2, 0], [1, 1]], [[0, 1], [4, 2]]]
 G = [[[0.5, -0.2], [0.1, 0.3]], [[-0.4, 0.2], [0, 0.1]], [[0.2, 0.2], [-0.1, 0.4]]]
 GOLDEN = {

@@ -16,7 +16,6 @@ from tests.conftest import needs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
-# papers.md 3.2
 X = [[0, 0], [1, 0], [0, 2], [3, 1], [2, 2], [4, -1]]
 Y = [[1], [0], [2], [5], [3], [4]]
 G = [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxkd.ops._library import exact_dtype
+from fastxkd.ops._library import differentiable_once, exact_dtype
 
 BLOCK_ELEMENTS = 1 << 18  # of float32: a megabyte, a core's share of most second-level caches
 Features = Tensor | Sequence[Tensor]
@@ -147,7 +147,7 @@ class _SquaredError(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         student, teacher = ctx.saved_tensors
         factor = _along_channels(2 * upstream, student.dim())
@@ -174,7 +174,7 @@ class _Energy(torch.autograd.Function):
         ctx.p = inputs[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (features,) = ctx.saved_tensors
         factor = (upstream * (ctx.p / features.shape[1])).unsqueeze(1)
@@ -624,7 +624,7 @@ class _Pyramid(torch.autograd.Function):
         ctx.own = inputs[4]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5

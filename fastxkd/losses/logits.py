@@ -79,12 +79,14 @@ def kd_loss(
         class_weight: ``[classes]`` weights of the cross-entropy, whose mean is then weighted, as in
             ``cross_entropy(weight=...)``. The soft part is not weighted.
         row_weight: ``[...]`` floating-point weights of the rows in both parts; ``"batchmean"``
-            divides by their sum, so that weights of 0 and 1 are a mask.
+            divides by their sum, so that weights of 0 and 1 are a mask. A row of weight 0 must
+            still be finite; ``ignore_index`` leaves out rows that are not.
         teacher_form: what ``teacher_logits`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``,
             the latter two as they are at T = 1; they are softened like logits.
-        teacher_indices: int64 classes ``[..., k]``, distinct in a row, when ``teacher_logits`` is
-            ``[..., k]`` and holds the values of these classes alone, as stored by offline teachers.
-            The other classes have teacher probability 0; the k are softmaxed among themselves.
+        teacher_indices: int64 classes ``[..., k]``, distinct in a row (not checked), when
+            ``teacher_logits`` is ``[..., k]`` and holds the values of these classes alone, as
+            stored by offline teachers. The other classes have teacher probability 0; the k are
+            softmaxed among themselves.
         teacher_weights: one for each of several teachers, scaled to sum to 1; equal without.
         reduction: ``"batchmean"``, ``"sum"`` or ``"none"`` (one value per row).
         return_parts: return :class:`KDLossParts` instead of the loss alone.
@@ -115,6 +117,10 @@ def kd_loss(
     >>> round(kd_loss(student, values, teacher_indices=indices, temperature=1.0).item(), 4)
     0.2023
     """
+    if divergence == "dkd":
+        raise ValueError(
+            "divergence: expected one of forward_kl, reverse_kl, jsd, tvd, got 'dkd'; use dkd_loss"
+        )
     loss, parts = kd_loss_parts(
         student_logits,
         teacher_logits,
@@ -247,7 +253,8 @@ class _LogitLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, ce_weight={self.ce_weight},"
-            f" kd_weight={self.kd_weight}, reduction={self.reduction!r}"
+            f" kd_weight={self.kd_weight}, label_smoothing={self.label_smoothing},"
+            f" teacher_form={self.teacher_form!r}, reduction={self.reduction!r}"
         )
 
 
@@ -317,7 +324,8 @@ class KDLoss(_LogitLoss):
         )
 
     def extra_repr(self) -> str:
-        return f"divergence={self.divergence!r}, {super().extra_repr()}"
+        beta = f", beta={self.beta}" if self.divergence == "jsd" else ""
+        return f"divergence={self.divergence!r}{beta}, {super().extra_repr()}"
 
 
 class DKDLoss(_LogitLoss):

@@ -23,7 +23,7 @@ from fastxkd.losses.features import (
 )
 from fastxkd.losses.logits import kd_loss
 from fastxkd.metrics.similarity import inner_products
-from fastxkd.ops._library import exact_dtype, unobserved
+from fastxkd.ops._library import differentiable_once, exact_dtype, unobserved, wants_function
 from fastxkd.ops.rkd import reciprocal, rkd
 
 NAMES = ("student_features", "teacher_features")
@@ -92,7 +92,7 @@ class _OnGram(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], output[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5
@@ -123,12 +123,14 @@ def _on_gram(
     student, teacher = (x.reshape(x.shape[0], -1) for x in (student, teacher))
     arguments = (student, teacher, kind, gamma, order)
     loss: Tensor
-    if not (student.requires_grad and torch.is_grad_enabled()):
-        loss, _ = _OnGram.forward(*arguments)
-    elif unobserved(student):
-        loss = _OnGramEager.apply(*arguments)
-    else:
-        loss, _ = _OnGram.apply(*arguments)
+    # Autocast would round the Gram matrices to 16 bits, below what relations differ by.
+    with torch.autocast(student.device.type, enabled=False):
+        if not wants_function(student):
+            loss, _ = _OnGram.forward(*arguments)
+        elif unobserved(student):
+            loss = _OnGramEager.apply(*arguments)
+        else:
+            loss, _ = _OnGram.apply(*arguments)
     return loss
 
 

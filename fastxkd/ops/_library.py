@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastxkd._ranges import ranged
 
@@ -38,6 +40,7 @@ ON_GPU = ("kd_loss",)  # have CUDA and Triton kernels
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 library = torch.library.Library("fastxkd", "DEF")
+Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 
 class _Choice(NamedTuple):
@@ -225,10 +228,50 @@ def unobserved(tensor: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def wants_function(tensor: Tensor) -> bool:
+    """An autograd function must stand in the way of an operator: for its gradient or, in
+    forward-mode differentiation, to say that there is no formula. The bare operator would give 0.
+    """
+    return forward_ad._current_level >= 0 or (tensor.requires_grad and torch.is_grad_enabled())
+
+
+def differentiable_once(backward: Kernel) -> Kernel:
+    """``once_differentiable``, also where the gradient from above is a constant.
+
+    torch's own puts the error in the way only if that gradient requires grad; that of a loss, a
+    one, does not, and a gradient penalty would silently vanish.
+    """
+    inner = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def guarded(ctx: Any, *upstream: Any) -> Any:
+        found = inner(ctx, *upstream)
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return found
+        grads = found if isinstance(found, tuple) else (found,)
+        refused = tuple(
+            _refuse(g) if isinstance(g, Tensor) and not g.requires_grad else g for g in grads
+        )
+        return refused if isinstance(found, tuple) else refused[0]
+
+    return cast(Kernel, guarded)
+
+
+def _refuse(grad: Tensor) -> Tensor:
+    message = b"fastxkd: the gradient comes in closed form and is differentiable once"
+    refused: Tensor = torch._C._functions.DelayedError(message, 1)(grad.detach().requires_grad_())
+    return refused
 
 
 def cuda_extension() -> str:
@@ -270,9 +313,6 @@ def backends() -> list[Backend]:
                 kernel, reason = "none", str(error)
             rows.append(Backend(operator, device, kernel, reason))
     return rows
-
-
-Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 
 def define(schema: str, fake: Callable[..., object]) -> Callable[[Kernel], Kernel]:

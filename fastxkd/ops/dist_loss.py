@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxkd.ops._library import define, exact_dtype
+from fastxkd.ops._library import define, differentiable_once, exact_dtype, wants_function
 from fastxkd.ops.kd_loss import _kd_loss
 
 EPS = 1e-8  # beside the product of the norms, as in the published code
@@ -149,7 +149,7 @@ class _DIST(torch.autograd.Function):
         ctx.save_for_backward(output[2])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 11
@@ -166,6 +166,6 @@ def dist_parts(
 ) -> tuple[Tensor, Tensor]:
     """(loss, parts) of checked logits [rows, classes]; ``factors`` in the schema's order."""
     need_grad = student.requires_grad and torch.is_grad_enabled()
-    operator = _DIST.apply if need_grad else torch.ops.fastxkd.dist_loss.default
+    operator = _DIST.apply if wants_function(student) else torch.ops.fastxkd.dist_loss.default
     loss, parts, _ = operator(student, teacher, labels, class_weight, *factors, need_grad)
     return loss, parts

@@ -16,11 +16,13 @@ from fastxkd.ops._library import (
     DTYPES,
     cuda_kernels,
     define,
+    differentiable_once,
     kernel_of,
     kernels,
     serve,
     ticket,
     unobserved,
+    wants_function,
 )
 from fastxkd.reference import kd_loss as reference
 
@@ -269,7 +271,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
 
 
 # With create_graph=True: a second derivative through the result is an error, not a zero.
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+_backward_once = differentiable_once(_backward)
 
 
 class _KDLoss(torch.autograd.Function):
@@ -289,7 +291,7 @@ class _KDLoss(torch.autograd.Function):
         ctx.grad = grad
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * ARGUMENTS
@@ -349,6 +351,8 @@ def kd_loss_parts(
         reduction,
         bool(weights),
     )
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     shape = student.shape[:-1]
     if student.dim() != 2:
         student = student.reshape(-1, student.shape[-1])
@@ -381,7 +385,7 @@ def kd_loss_parts(
         need_grad,
     )
     if not unobserved(student) or type(teacher) is not Tensor:
-        operator = _KDLoss.apply if need_grad else torch.ops.fastxkd.kd_loss.default
+        operator = _KDLoss.apply if wants_function(student) else torch.ops.fastxkd.kd_loss.default
         loss, parts, _ = operator(student, *rest)
     elif need_grad:
         kept: list[Tensor] = []
@@ -506,6 +510,13 @@ def _check(
             f"student_logits: expected at least one row to take a mean of, got"
             f" {list(student.shape)}"
         )
+    for name, value in (
+        ("temperature", temperature),
+        ("ce_weight", ce_weight),
+        ("kd_weight", kd_weight),
+    ):
+        if type(value) not in (float, int):
+            _check_number(name, value)
     if not temperature > 0 or temperature == INF:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
     if not (0 <= ce_weight < INF and 0 <= kd_weight < INF):
@@ -556,7 +567,30 @@ def _check(
                 f"class_weight: expected one weight per class, [{student.shape[-1]}],"
                 f" got {list(class_weight.shape)}"
             )
+        if not class_weight.is_floating_point():
+            raise TypeError(
+                f"class_weight: expected a floating-point dtype, got {class_weight.dtype}"
+            )
+        if class_weight.device != student.device:
+            raise ValueError(
+                f"class_weight: expected the device of student_logits, {student.device},"
+                f" got {class_weight.device}; a module's moves with .to(device)"
+            )
         _check_constant("class_weight", class_weight)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a number, got a tensor that requires grad; its gradient is not"
+            " computed"
+        )
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if isinstance(value, str):
+        raise TypeError(f"{name}: expected a number, got str")
 
 
 def _check_rows(name: str, tensor: Tensor, student: Tensor) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxkd.ops._library import define, unobserved
+from fastxkd.ops._library import define, differentiable_once, unobserved, wants_function
 from fastxkd.ops.kd_loss import DIVERGENCES, REDUCTIONS, _kd_loss, _kd_loss_scale_
 
 SCHEMA = (
@@ -304,7 +304,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 
 # With create_graph=True: a second derivative through the result is an error, not a zero.
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+_backward_once = differentiable_once(_backward)
 
 
 class _LinearKDLoss(torch.autograd.Function):
@@ -330,7 +330,7 @@ class _LinearKDLoss(torch.autograd.Function):
         ctx.save_for_backward(*(inputs[:TENSORS] if by_row else output[2:]))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * (NEEDS + 1)
@@ -434,7 +434,7 @@ def linear_kd_loss_parts(
     if any(needs) and plain and reduction != "none":
         kept: list[Tensor] = []
         loss, parts = _LinearKDLossEager.apply(*inputs, rest, kept), kept[0]
-    elif any(needs):
+    elif any(needs) or any(wants_function(x) for x in inputs if x is not None):
         loss, parts, *_ = _LinearKDLoss.apply(*inputs, *rest)
     elif plain:
         loss, parts, *_ = _linear_kd_loss(*inputs, *rest)

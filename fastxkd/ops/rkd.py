@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxkd.ops._library import define, exact_dtype
+from fastxkd.ops._library import define, differentiable_once, exact_dtype, wants_function
 from fastxkd.ops.distance import distance_matrix
 
 # Smallest distances that count: the published code's eps in its square root and in its division.
@@ -187,7 +187,7 @@ class _RKD(torch.autograd.Function):
         ctx.dtype = inputs[0].dtype
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None
@@ -198,7 +198,7 @@ class _RKD(torch.autograd.Function):
 def rkd(student: Tensor, teacher: Tensor, on_distance: float, on_angle: float) -> Tensor:
     """Loss of checked features; differentiable once in the student's."""
     loss: Tensor
-    if student.requires_grad and torch.is_grad_enabled():
+    if wants_function(student):
         loss, _ = _RKD.apply(student, teacher, on_distance, on_angle)
     else:
         loss, _ = torch.ops.fastxkd.rkd(student, teacher, on_distance, on_angle, False)
