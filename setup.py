@@ -42,7 +42,7 @@ if X86:
     LEVELS["avx512"] = [
         *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
         "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",  # raised inside gcc 12's own intrinsics headers
+        *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],  # from gcc 12's own intrinsics headers
     ]
 
 
