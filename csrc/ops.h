@@ -23,7 +23,7 @@ struct KDLossArgs {
   const double* row_weight;    // [rows] or null
   const int64_t*
       teacher_indices;  // [models, rows, teacher_classes] contiguous, or null: every class
-  void* grad;           // [rows, classes] contiguous, or null: evaluation
+  void* grad;           // [rows, classes] contiguous, or null: evaluation; CPU: may be `student`
   void* loss;           // [1] or [rows]; float64 for float64 logits, else float32
   void* parts;          // [2] or [2, rows]: hard, soft
   const double* teacher_weights;  // [models], sums to 1

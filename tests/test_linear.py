@@ -711,7 +711,9 @@ def test_memory_is_that_of_the_gradients_and_a_chunk(
     usual = oracles.peak_bytes(lambda: step(eager))
     # Of bfloat16: the sum in float32 and, at last, the result.
     weight = classes * width * (4 if dtype == torch.float32 else 4 + 2)
-    own = rows * width * dtype.itemsize + weight + 3 * chunk * classes * dtype.itemsize
+    # The C++ kernel puts a chunk's gradient where the student's logits were.
+    held = 2 if fastxkd.backends()[0].kernel == "cpu" else 3
+    own = rows * width * dtype.itemsize + weight + held * chunk * classes * dtype.itemsize
     assert 0.9 * own <= peak <= 1.1 * own
     assert peak < usual / 8
 

@@ -91,8 +91,13 @@ def _kd_loss(
     label_smoothing: float,
     reduction: int,
     need_grad: bool,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """student [rows, classes]; teacher [rows, k] or [models, rows, k], see ``dense_teacher``."""
+    """student [rows, classes]; teacher [rows, k] or [models, rows, k], see ``dense_teacher``.
+
+    ``room``, which the dispatcher never gives: where the C++ kernel may put the gradient. It may be
+    ``student`` itself, since that kernel has read a row before it writes the gradient's.
+    """
     backend = serve("kd_loss", student)
     rows, classes = student.shape
     if backend != "cpu":
@@ -143,7 +148,11 @@ def _kd_loss(
     shape = (rows,) if reduction == 0 else ()
     loss = torch.empty(shape, dtype=exact, device=device)
     parts = torch.empty((2, *shape), dtype=exact, device=device)
-    grad = torch.empty((rows, classes) if need_grad else (0,), dtype=student.dtype, device=device)
+    if room is None or not need_grad or backend != "cpu":
+        room = torch.empty(
+            (rows, classes) if need_grad else (0,), dtype=student.dtype, device=device
+        )
+    grad = room
     # cpu: the ISA level and the threads; cuda: the device and the stream, and what it works in.
     module, *how = kernels() if backend == "cpu" else cuda_kernels(student)
     if backend == "cuda":

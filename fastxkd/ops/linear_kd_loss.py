@@ -158,6 +158,7 @@ def _linear_kd_loss(
             label_smoothing,
             REDUCTIONS["sum" if reduction else "none"],
             wanted,
+            room=s,  # the logits are of no more use
         )
         losses.append(loss)
         found.append(parts)
