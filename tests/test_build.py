@@ -105,7 +105,7 @@ def objects(tmp_path: Path) -> dict[str, list[Path]]:
     if compiler is None:
         pytest.skip("no objects of a build and no compiler")
     flags = ["-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-O1"]
-    flags += ["-fvisibility=hidden", "-DFXK_ISA=baseline"]
+    flags += ["-fno-exceptions", "-fno-signed-zeros", "-fvisibility=hidden", "-DFXK_ISA=baseline"]
     targets = [tmp_path / f"{source.stem}.o" for source in sources]
     running = [
         subprocess.Popen([compiler, *flags, "-c", str(source), "-o", str(target)])
