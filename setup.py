@@ -24,7 +24,9 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-OPERATORS = ["kd_loss", "cam", "distance"]
+# The C++ kernels, one source each.
+SOURCES = ["kd_loss", "dist", "cam", "distance"]
+HEADERS = [str(CSRC / "ops.h"), *sorted(map(str, (CSRC / "cpu").glob("*.h")))]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("FASTXKD_SANITIZE") == "1"
 # -fno-math-errno and -fno-trapping-math let gcc vectorise the exponential; NaN and infinities
@@ -93,16 +95,16 @@ class BuildKernels(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def cpu_objects(self) -> list[str]:
-        jobs = [(op, level) for level in LEVELS for op in OPERATORS]
+        jobs = [(source, level) for level in LEVELS for source in SOURCES]
 
         def compile_one(job: tuple[str, str]) -> list[str]:
-            op, level = job
+            source, level = job
             return self.compiler.compile(
-                [str(CSRC / "cpu" / f"{op}.cpp")],
+                [str(CSRC / "cpu" / f"{source}.cpp")],
                 output_dir=str(Path(self.build_temp) / level),
                 macros=[("FXK_ISA", level)],
                 extra_postargs=[*FLAGS, *LEVELS[level]],
-                depends=[str(CSRC / "ops.h"), str(CSRC / "cpu" / "simd.h")],
+                depends=HEADERS,
             )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -139,9 +141,8 @@ class BuildKernels(build_ext):
 def extensions() -> list[Pybind11Extension]:
     found = []
     link = ["-fopenmp", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else ["-fopenmp"]
-    headers = [str(p) for p in (CSRC / "ops.h", CSRC / "cpu" / "simd.h")]
     if wanted("FASTXKD_CPU") is not False:
-        sources = [str(CSRC / "cpu" / f"{op}.cpp") for op in OPERATORS]
+        sources = [str(CSRC / "cpu" / f"{source}.cpp") for source in SOURCES]
         found.append(
             Pybind11Extension(
                 "fastxkd._cpu",
@@ -150,7 +151,7 @@ def extensions() -> list[Pybind11Extension]:
                 define_macros=[("FXK_X86", "1")] if X86 else [],
                 extra_compile_args=["-fsanitize=address,undefined", "-g"] if SANITIZE else [],
                 extra_link_args=link + (["-fsanitize=address,undefined"] if SANITIZE else []),
-                depends=[*sources, *headers],
+                depends=[*sources, *HEADERS],
             )
         )
     cuda = wanted("FASTXKD_CUDA")
@@ -161,7 +162,7 @@ def extensions() -> list[Pybind11Extension]:
                 [str(CSRC / "bindings_cuda.cpp")],
                 cxx_std=17,
                 extra_link_args=[*link, "-ldl", "-lrt", "-lpthread", "-s"],
-                depends=[str(p) for p in sorted((CSRC / "cuda").glob("*"))] + headers,
+                depends=[str(p) for p in sorted((CSRC / "cuda").glob("*"))] + HEADERS,
             )
         )
     elif cuda is None:
@@ -182,7 +183,7 @@ def extensions() -> list[Pybind11Extension]:
                 depends=[
                     str(p) for folder in ("cuda", "emulator") for p in (CSRC / folder).glob("*")
                 ]
-                + headers,
+                + HEADERS,
             )
         )
     return found

@@ -47,7 +47,7 @@ class Plan:
     backends: tuple[str, ...] = ("cuda", "triton")
     shapes: tuple[tuple[int, int], ...] = ((4096, 32000), (256, 1000), (128, 100), (8192, 151936))
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    divergences: tuple[str, ...] = ("forward_kl", "reverse_kl", "jsd", "tvd", "dkd")
+    divergences: tuple[str, ...] = ("forward_kl", "reverse_kl", "jsd", "tvd", "dkd", "dist")
     copied: int = 1 << 31  # bytes of the tensor whose copy gives the bandwidth
     flushed: int = 1 << 28  # bytes read between samples: more than a cache holds
     linear: tuple[int, int, int, int] = (4096, 2048, 4096, 32000)  # rows, widths, classes
@@ -245,6 +245,12 @@ def bandwidth(stage: Stage) -> None:
 # --- what is measured: losses on logits
 
 
+def correlation(q: Tensor, p: Tensor) -> Tensor:
+    """Pearson's, the mean over rows, as the published code of DIST writes it."""
+    q, p = (x - x.mean(1, keepdim=True) for x in (q, p))
+    return ((q * p).sum(1) / (q.norm(dim=1) * p.norm(dim=1) + 1e-8)).mean()
+
+
 def divergence_of(s: Tensor, t: Tensor, labels: Tensor, name: str) -> Tensor:
     """The mean over rows of softened logits, as training scripts write it."""
     if name == "dkd":
@@ -260,6 +266,8 @@ def divergence_of(s: Tensor, t: Tensor, labels: Tensor, name: str) -> Tensor:
     if name == "reverse_kl":
         return F.kl_div(F.log_softmax(t, 1), F.softmax(s, 1), reduction="batchmean")
     q, p = F.softmax(s, 1), F.softmax(t, 1)
+    if name == "dist":
+        return 2 - correlation(q, p) - correlation(q.T, p.T)
     if name == "tvd":
         return (q - p).abs().sum(1).mean() / 2
     m = ((q + p) / 2).log()
@@ -276,12 +284,18 @@ def forward_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return eager(student, teacher, labels, "forward_kl")
 
 
+def dist(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return eager(student, teacher, labels, "dist")
+
+
 def ours(student: Tensor, teacher: Tensor, labels: Tensor, divergence: str) -> Tensor:
     import fastxkd
 
     weights = {"temperature": TEMPERATURE, "ce_weight": CE, "kd_weight": KD}
     if divergence == "dkd":
         return fastxkd.dkd_loss(student, teacher, labels, **weights)  # type: ignore[return-value]
+    if divergence == "dist":
+        return fastxkd.losses.dist_loss(student, teacher, labels, **weights)  # type: ignore[return-value]
     return fastxkd.kd_loss(student, teacher, labels, divergence=divergence, **weights)  # type: ignore[return-value]
 
 
@@ -340,9 +354,9 @@ class Batch:
 def operator(batch: Batch, divergence: str) -> Callable[[], object]:
     """The operator without autograd: the kernel, and what it writes allocated afresh."""
     import fastxkd  # noqa: F401
-    from fastxkd.ops.kd_loss import DIVERGENCES
+    from fastxkd.ops._logits import DIVERGENCES
 
-    alpha, beta = (1.0, 8.0) if divergence == "dkd" else (0.0, 0.5)
+    alpha, beta = {"dkd": (1.0, 8.0), "dist": (1.0, 1.0)}.get(divergence, (0.0, 0.5))
     weights = (TEMPERATURE, CE, KD, DIVERGENCES[divergence], alpha, beta)
     rest = (None, None, None, [], 0, *weights, -100, 0.0, 2, True)
     student = batch.student.detach()
@@ -430,8 +444,12 @@ def kd_loss_peers(stage: Stage) -> None:
             del kept, restore, liger_kl
         if stage.plan.compile:
             torch.compiler.reset()
-            fast = torch.compile(forward_kl, dynamic=False)
-            stage.measure(case, Variant("torch.compile", batch.step(fast)), moved)
+            for divergence, of in (("forward_kl", forward_kl), ("dist", dist)):
+                if divergence not in stage.plan.divergences:
+                    continue
+                suffix = "" if divergence == "forward_kl" else f", {divergence}"
+                fast = torch.compile(of, dynamic=False)
+                stage.measure(case, Variant(f"torch.compile{suffix}", batch.step(fast)), moved)
 
 
 # --- what is measured: operators without a GPU kernel

@@ -26,7 +26,8 @@ from triton.compiler import ASTSource
 
 from benchmarks._machine import ROOT
 from fastxkd._triton import kd_loss as kernels
-from fastxkd.ops.kd_loss import DIVERGENCES, REDUCTIONS
+from fastxkd._triton import plan
+from fastxkd.ops._logits import DIVERGENCES, REDUCTIONS
 
 RESULTS = ROOT / "benchmarks" / "results" / "registers.csv"
 TARGETS = {
@@ -77,12 +78,13 @@ class Case:
     dtype: torch.dtype
     divergence: str = ""  # "": the scaling of the gradient
     everything: bool = False  # weights, smoothing, and a temperature with its own exponential
+    step: int = 0  # of the launches of one call
 
-    def launch(self, target: str) -> kernels.Launch:
+    def launch(self, target: str) -> plan.Launch:
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         logits = torch.empty(4096, self.classes, dtype=self.dtype, device="meta")
         kind = TARGETS[target]
-        device = kernels.Device(132, kind.warp_size, kind.backend == "cuda")
+        device = plan.Device(132, kind.warp_size, kind.backend == "cuda")
 
         def vector(count: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(count, dtype=dtype, device="meta")
@@ -108,7 +110,7 @@ class Case:
             vector(2, exact),
             logits,
             device,
-        )
+        )[self.step]
 
 
 def compiled(case: Case, target: str) -> tuple[Usage, str]:
@@ -177,7 +179,7 @@ def _wide_loads(sass: str) -> int:
 def sizes(dtype: torch.dtype) -> dict[str, int]:
     """Classes: several rows in a tile, the longest row kept in registers and half of it, block
     after block."""
-    longest = kernels.ON_CHIP[8 if dtype == torch.float64 else 4]
+    longest = plan.ON_CHIP[8 if dtype == torch.float64 else 4]
     return {"rows": 104, "half": longest // 2, "row": longest, "long": 32000}
 
 
@@ -185,8 +187,10 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for size, classes in sizes(dtype).items():
             for divergence in DIVERGENCES:
-                yield Case(f"{size}, {divergence}", classes, dtype, divergence)
-                yield Case(f"{size}, {divergence}, all options", classes, dtype, divergence, True)
+                for step in range(4 if divergence == "dist" else 1):
+                    for everything in (False, True):
+                        name = f"{size}, {divergence}" + everything * ", all options"
+                        yield Case(name, classes, dtype, divergence, everything, step)
         yield Case("scale", 32000, dtype)
 
 

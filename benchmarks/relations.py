@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._harness import Case, Spec, compiled, main
-from fastxkd.losses import features, relations
+from fastxkd import losses
+from fastxkd.losses import comparative
 
 TESTS = ["tests/test_relations.py", "tests/test_features.py"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -184,7 +185,7 @@ def feature(eager: Loss, ours: Loss, shape: tuple[int, ...]) -> Case:
 
 def vid(shape: tuple[int, ...]) -> Case:
     variance = torch.rand(shape[1]) + 0.5
-    return feature(eager_vid(variance), partial(features.vid_loss, variance=variance), shape)
+    return feature(eager_vid(variance), partial(losses.vid_loss, variance=variance), shape)
 
 
 def ckd(n: int, classes: int, count: int) -> Case:
@@ -193,29 +194,29 @@ def ckd(n: int, classes: int, count: int) -> Case:
     def draw() -> torch.Generator:
         return torch.Generator().manual_seed(0)
 
-    picks = relations._picks(n, count, 3, draw(), torch.device("cpu"))
+    picks = comparative._picks(n, count, 3, draw(), torch.device("cpu"))
 
     def ours(student: Tensor, teacher: Tensor) -> Tensor:
-        return relations.ckd_loss(student, teacher, relations=count, generator=draw())
+        return losses.ckd_loss(student, teacher, relations=count, generator=draw())
 
     return feature(eager_ckd(picks), ours, (n, classes))
 
 
 RELATIONS: dict[str, tuple[Loss, Loss]] = {
-    "RKD": (eager_rkd, relations.rkd_loss),
+    "RKD": (eager_rkd, losses.rkd_loss),
     "RKD distance": (
         eager_rkd_distance,
-        partial(relations.rkd_loss, distance_weight=1, angle_weight=0),
+        partial(losses.rkd_loss, distance_weight=1, angle_weight=0),
     ),
-    "DC": (eager_dc, relations.dc_loss),
-    "SP": (eager_sp, relations.sp_loss),
-    "CC": (eager_cc, relations.cc_loss),
-    "PKT": (eager_pkt, relations.pkt_loss),
+    "DC": (eager_dc, losses.dc_loss),
+    "SP": (eager_sp, losses.sp_loss),
+    "CC": (eager_cc, losses.cc_loss),
+    "PKT": (eager_pkt, losses.pkt_loss),
 }
 FEATURES: dict[str, tuple[Loss, Loss]] = {
-    "AT": (eager_at, features.at_loss),
-    "FitNet": (F.mse_loss, features.fitnet_loss),
-    "HCL": (eager_hcl, features.hcl_loss),
+    "AT": (eager_at, losses.at_loss),
+    "FitNet": (F.mse_loss, losses.fitnet_loss),
+    "HCL": (eager_hcl, losses.hcl_loss),
 }
 
 

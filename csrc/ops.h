@@ -12,7 +12,8 @@ enum Divergence : int {
   kReverseKL = 1,
   kJSD = 2,
   kTVD = 3,
-  kDecoupled = 4  // alpha * KL(target, rest) + beta * KL among the rest
+  kDecoupled = 4,  // alpha * KL(target, rest) + beta * KL among the rest
+  kDIST = 5        // alpha * (1 - correlation of rows) + beta * (1 - correlation of columns)
 };
 
 struct KDLossArgs {

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from benchmarks.registers import Case
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "dkd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "dkd", "dist")
+STEPS = ("rows", "columns", "finish", "gradient")  # the launches of DIST
 
 
 def chosen() -> list[tuple[str, torch.dtype, str, bool]]:
     """Size of the rows, dtype, divergence, all options or none. A compilation takes a second, so
     not everything with everything: ``python -m benchmarks.registers`` has the whole table."""
     single, half, double = torch.float32, torch.bfloat16, torch.float64
-    cases = [(size, single, name, True) for size in ("row", "long") for name in DIVERGENCES]
+    cases = [(size, single, name, True) for size in ("row", "long") for name in DIVERGENCES[:5]]
     cases += [(size, double, "dkd", True) for size in ("row", "long")]
     cases += [("rows", single, "tvd", False), ("half", half, "reverse_kl", False)]
     cases += [("row", half, name, False) for name in ("forward_kl", "reverse_kl")]
@@ -29,11 +30,11 @@ def chosen() -> list[tuple[str, torch.dtype, str, bool]]:
     return cases
 
 
-def case(size: str, dtype: torch.dtype, divergence: str, everything: bool) -> Case:
+def case(size: str, dtype: torch.dtype, divergence: str, everything: bool, step: int = 0) -> Case:
     from benchmarks import registers
 
     classes = registers.sizes(dtype)["long" if size == "scale" else size]
-    return registers.Case(size, classes, dtype, divergence, everything)
+    return registers.Case(size, classes, dtype, divergence, everything, step)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -56,6 +57,29 @@ def test_nothing_spills_and_loads_are_wide(
         assert "STG.E.128" in text
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("step", range(4), ids=STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_nothing_of_dist_spills(
+    dtype: torch.dtype, step: int, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks import registers
+
+    by_row = step in (0, 3)
+    for size in ("rows", "row", "long") if by_row else ("rows", "long"):
+        usage, text = registers.compiled(case(size, dtype, "dist", True, step), target)
+        assert usage.kernel == f"dist_{STEPS[step]}"
+        assert usage.spills == 0, size
+        assert 0 < usage.registers <= usage.available
+        # Rows come 16 bytes at a time; of columns a thread has registers for four.
+        if by_row and size != "rows" and not target.startswith("gfx"):
+            assert usage.wide_loads >= 2
+        if step == 1 and dtype == torch.bfloat16:
+            assert ("global_load_dwordx2" if target.startswith("gfx") else "LDG.E.64") in text
+
+
 @pytest.mark.parametrize("classes", [1000, 1001])
 def test_rows_of_16_bytes_are_known_as_such(classes: int) -> None:
     """1000 is a multiple of 8, which makes 16 bytes of bfloat16; an odd number must not be taken
@@ -75,17 +99,17 @@ def test_spills_are_seen() -> None:
     """More numbers for a thread than it has registers: the count that the tests trust must rise."""
     needs("triton")
     from benchmarks import registers
-    from fastxkd._triton import kd_loss as kernels
+    from fastxkd._triton import plan
 
-    limits = kernels.ON_CHIP
-    kernels.ON_CHIP = {4: 1 << 14, 8: 1 << 14}
+    limits = plan.ON_CHIP
+    plan.ON_CHIP = {4: 1 << 14, 8: 1 << 14}
     try:
         usage, _ = registers.compiled(
             registers.Case("row", 1 << 14, torch.float32, "forward_kl"), "sm_90"
         )
         assert usage.spills > 0
     finally:
-        kernels.ON_CHIP = limits
+        plan.ON_CHIP = limits
 
 
 def test_the_compiled_kernels_are_those_of_a_call() -> None:
@@ -94,9 +118,9 @@ def test_the_compiled_kernels_are_those_of_a_call() -> None:
     from benchmarks import registers
 
     for dtype in (torch.float32, torch.float64):
-        for size, kernel in (("rows", "on_chip"), ("row", "on_chip"), ("long", "looped")):
+        for size, on_chip in (("rows", True), ("row", True), ("long", False)):
             launch = case(size, dtype, "dkd", True).launch("sm_90")
-            assert launch.kernel.__name__ == f"_kd_loss_{kernel}"
+            assert launch.arguments["ON_CHIP"] == on_chip
             assert launch.arguments["ROWS"] == (4 if size == "rows" else 1)
             assert launch.programs <= 132 * 1024 // (32 * launch.options["num_warps"])
     assert set(registers.TARGETS) == set(TARGETS)

@@ -18,6 +18,7 @@ from fastxkd.ops import _library
 ROOT = Path(fastxkd.__file__).parents[1]
 PACKAGE = Path(fastxkd.__file__).parent
 OPERATORS = ["kd_loss", "cam", "distance"]
+SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 
 SOURCE = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
 BUILT = pytest.mark.skipif(_library._cpu is None, reason="the C++ kernels are not built")
@@ -92,24 +93,23 @@ def test_the_extension_links_no_torch() -> None:
 def objects(tmp_path: Path) -> dict[str, list[Path]]:
     """The objects of the last build by level; without one, those of one level compiled here."""
     found: dict[str, list[Path]] = {}
-    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in OPERATORS]
-    headers = [ROOT / "csrc" / "ops.h", ROOT / "csrc" / "cpu" / "simd.h"]
-    newest = max(path.stat().st_mtime for path in [*sources, *headers])
+    headers = [ROOT / "csrc" / "ops.h", *(ROOT / "csrc" / "cpu").glob("*.h")]
+    newest = max(path.stat().st_mtime for path in [*SOURCES, *headers])
     for path in (ROOT / "build").glob("temp*/*/csrc/cpu/*.o"):
         if path.stat().st_mtime >= newest:
             found.setdefault(path.parents[2].name, []).append(path)
     levels = _library.isa_levels() or ("none",)
-    if all(len(found.get(level, [])) == len(OPERATORS) for level in levels):
+    if all(len(found.get(level, [])) == len(SOURCES) for level in levels):
         return found
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no objects of a build and no compiler")
     flags = ["-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-O1"]
     flags += ["-fno-exceptions", "-fno-signed-zeros", "-fvisibility=hidden", "-DFXK_ISA=baseline"]
-    targets = [tmp_path / f"{source.stem}.o" for source in sources]
+    targets = [tmp_path / f"{source.stem}.o" for source in SOURCES]
     running = [
         subprocess.Popen([compiler, *flags, "-c", str(source), "-o", str(target)])
-        for source, target in zip(sources, targets, strict=True)
+        for source, target in zip(SOURCES, targets, strict=True)
     ]
     assert all(process.wait() == 0 for process in running)
     return {"baseline": targets}

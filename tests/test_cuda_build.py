@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "csrc" / "cuda" / "kd_loss.cu"
+SOURCES = ROOT / "csrc" / "cuda"
+# Kernels of each: three element types by four layouts and three more by one, six forms of the loss
+# each, and the totals; DIST with two launches by layout, one by element type, and one that merges.
+KERNELS = {"kd_loss": (3 * 4 + 3) * 6 + 2, "dist": (3 * 4 + 3) * 2 + 6 + 2, "kd_loss_scale": 4}
 ARCHITECTURES = ["80", "90"]
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the path"),
-    pytest.mark.skipif(not SOURCE.exists(), reason="not a source checkout"),
+    pytest.mark.skipif(not SOURCES.exists(), reason="not a source checkout"),
 ]
 
 # One kernel in the output of `ptxas -v`.
@@ -30,7 +33,8 @@ KERNEL = re.compile(
 )
 
 
-def test_no_kernel_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("source", KERNELS)
+def test_no_kernel_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
     """Every kernel keeps its row in registers, on both architectures."""
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     command = [
@@ -41,17 +45,16 @@ def test_no_kernel_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         *gencode,
         "-Xptxas=-v",
         "-c",
-        str(SOURCE),
+        str(SOURCES / f"{source}.cu"),
     ]
     made = subprocess.run(
-        [*command, "-o", str(tmp_path / "kd_loss.o")], capture_output=True, text=True
+        [*command, "-o", str(tmp_path / f"{source}.o")], capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
     assert "warning" not in made.stderr, made.stderr
     kernels = [match.groupdict() for match in KERNEL.finditer(made.stderr)]
     assert len(kernels) == made.stderr.count("Compiling entry function")
-    # Three element types by four layouts, three more by one, six forms of the loss each; 6 others.
-    assert len(kernels) == len(ARCHITECTURES) * ((3 * 4 + 3) * 6 + 6)
+    assert len(kernels) == len(ARCHITECTURES) * KERNELS[source]
     names = subprocess.run(
         ["c++filt"], input="\n".join(k["name"] for k in kernels), capture_output=True, text=True
     ).stdout.splitlines()
@@ -60,7 +63,7 @@ def test_no_kernel_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         short = re.sub(r"^void |fxk::cuda::|\(anonymous namespace\)::|\(.*$", "", name)
         table.setdefault(short, []).append(f"sm_{kernel['arch']} {kernel['registers']:>3}")
     with capsys.disabled():
-        print("\nregisters per thread")
+        print(f"\n{source}: registers per thread")
         for name in sorted(table):
             print(f"  {name:60} {', '.join(sorted(table[name]))}")
     # Of the kernels and of the functions that they call.
@@ -82,8 +85,9 @@ if module.problem() is None:
 else:
     assert module.device_count() == 0
     for call, arguments in (
-        (module.kd_loss, [0] * 4 + [64] * 2 + [0] * 5 + [64, 64, 2, 3, 3, 3, 3, 0, (), 0]
-         + [4.0, 0.1, 0.9, 0, 1.0, 1.0, 0.0, -100, 2, 0, 0]),
+        *((module.kd_loss, [0] * 4 + [64] * 2 + [0] * 5 + [64, 64, 2, 3, 3, 3, 3, 0, (), 0]
+           + [4.0, 0.1, 0.9, divergence, 1.0, 1.0, 0.0, -100, 2, 0, 0]) for divergence in (0, 5)),
+        (module.kd_loss_workspace, [2, 3, 5, 0, 0]),
         (module.kd_loss_scale, [0, 0, 64, 64, 2, 3, False, 0]),
     ):
         try:
@@ -117,5 +121,5 @@ def test_the_extension_links_and_imports_without_a_driver(tmp_path: Path) -> Non
     built, *errors = run.stdout.splitlines()
     assert set(built.split(";")) <= set(ARCHITECTURES)
     if errors != ["has a device"]:
-        assert len(errors) == 2
+        assert len(errors) == 4
         assert all("driver" in error or "device" in error for error in errors), errors

@@ -35,6 +35,18 @@ def test_a_gradient_penalty_is_refused(name: str) -> None:
         (grad.square().sum() + leaf.sum()).backward()
 
 
+@every_loss
+def test_vmap_of_a_leaf_keeps_its_gradient(name: str) -> None:
+    """Within vmap a tensor does not say that it requires grad."""
+    batch = torch.randn(3, 6, 5, requires_grad=True)
+    losses_ = torch.func.vmap(LOSSES[name])(batch)
+    (found,) = torch.autograd.grad(losses_.sum(), batch)
+    copy = batch.detach().clone().requires_grad_(True)
+    expected = torch.stack([LOSSES[name](x) for x in copy])
+    torch.testing.assert_close(losses_, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), copy)[0])
+
+
 # torch builds its own rules of forward mode with torch.jit at their first use.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "linear", "rkd"])

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from fastxkd.losses import features as losses
+from fastxkd import losses
+from fastxkd.losses import _blocks, review
 from tests import oracles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -36,6 +38,8 @@ def averaged(x: Tensor, size: Sequence[int]) -> Tensor:
     """Average of the bins from floor(i h / s) to ceil((i + 1) h / s), one dimension at a time."""
     for dim, s in enumerate(size, start=2):
         h = x.shape[dim]
+        if h == s:
+            continue
         bins = [(i * h // s, -(-(i + 1) * h // s)) for i in range(s)]
         x = torch.stack([x.narrow(dim, a, b - a).mean(dim) for a, b in bins], dim)
     return x
@@ -90,11 +94,11 @@ VARIANCE = torch.tensor([0.3, 2.0, 1.1, 5.0, 0.7, 1.3, 0.9], dtype=torch.float64
 
 
 def vid_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    return losses.vid_loss(student, teacher, variance=VARIANCE.repeat(10)[: student.shape[1]])
+    return losses.vid_loss(student, teacher, variance=VARIANCE.repeat(5000)[: student.shape[1]])
 
 
 def vid(student: Tensor, teacher: Tensor) -> Tensor:
-    return vid_of(VARIANCE.repeat(10)[: student.shape[1]])(student, teacher)
+    return vid_of(VARIANCE.repeat(5000)[: student.shape[1]])(student, teacher)
 
 
 PAIRS: dict[str, tuple[Loss, Loss]] = {
@@ -118,7 +122,7 @@ def pair(
 
 
 def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = student.detach().clone().requires_grad_(True)
+    leaf = student.detach().requires_grad_(True)  # in the layout that it has
     value = loss(leaf, teacher)
     (grad,) = torch.autograd.grad(value, leaf, torch.full_like(value, 3.0))
     return value.detach(), grad
@@ -167,7 +171,7 @@ def test_matches_the_formula(
 def test_blocks_of_samples_do_not_matter(
     monkeypatch: pytest.MonkeyPatch, block: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(_blocks, "BLOCK_ELEMENTS", block)
     for name in ("fitnet", "vid", "at", "at p=1.5"):
         check(*PAIRS[name], *pair((7, 3, 4, 4), (4, 4), dtype))
     check(losses.hcl_loss, lambda s, t: hcl([s], [t]), *pair((7, 3, 6, 5), (6, 5), dtype))
@@ -242,6 +246,88 @@ def test_layouts(name: str) -> None:
     torch.testing.assert_close(
         gradient(ours, same, teacher)[1], gradient(ours, same.contiguous(), teacher)[1]
     )
+
+
+# The list that every loss is tried on: as vectors of channels, or as one row of positions.
+LISTED = [(1, 1), (3, 2), (7, 33), (128, 100), (41, 1271), (256, 1000), (16, 32000)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LISTED, ids=str)
+@pytest.mark.parametrize("name", ["fitnet", "vid", "at", "hcl"])
+def test_listed_shapes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if name == "at":
+        check(*PAIRS[name], *pair((shape[0], 2, 1, shape[1]), (1, shape[1]), dtype, channels=3))
+    elif name == "hcl":
+        check(losses.hcl_loss, lambda s, t: hcl([s], [t]), *pair(shape, (), dtype))
+    else:
+        check(*PAIRS[name], *pair(shape, (), dtype))
+
+
+# Powers of two: what does not depend on the size is the same to the last bit.
+@pytest.mark.parametrize("power", [-73, -50, 40, 63, 100], ids=str)  # 1e-22 to 1e30
+@pytest.mark.parametrize("name", [name for name in PAIRS if name.startswith("at")])
+def test_attention_of_features_of_any_size(name: str, power: int) -> None:
+    ours, formula = PAIRS[name]
+    student, teacher = pair((3, 4, 5, 5), (4, 4), torch.float32)
+    true, slope = gradient(formula, student.double(), teacher.double())
+    eager, eager_slope = gradient(formula, student, teacher)
+    one = torch.ones(3, 1, 1, 1)
+    one[1] = 2.0**power
+    for s, t in ((2.0**power, 1.0), (1.0, 2.0**power), (one, 1.0), (2.0**power, one)):
+        value, grad = gradient(ours, s * student, t * teacher)
+        assert abs(value - true) <= abs(eager - true) + 1e-6
+        limit = (eager_slope - slope).norm() + 1e-6 * slope.norm()
+        assert (grad * torch.as_tensor(s).double() - slope).norm() <= limit
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e15], ids=str)
+@pytest.mark.parametrize("name", ["fitnet", "vid", "hcl"])
+def test_squared_errors_of_any_size(name: str, scale: float) -> None:
+    """These losses grow with the square: their value may leave float32, their gradient does not."""
+    ours, formula = (losses.hcl_loss, lambda s, t: hcl([s], [t])) if name == "hcl" else PAIRS[name]
+    student, teacher = (scale * x for x in pair((3, 4, 6, 6), (6, 6), torch.float32))
+    _, grad = gradient(ours, student, teacher)
+    _, slope = gradient(formula, student.double(), teacher.double())
+    assert (grad - slope).norm() <= 1e-6 * slope.norm()
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "hcl"])
+def test_vmap(name: str) -> None:
+    """Of a stack of batches: the same as one after the other, with gradients or without."""
+    ours = losses.hcl_loss if name == "hcl" else PAIRS[name][0]
+    batches = [pair((3, 4, 6, 6), (6, 6), torch.float32) for _ in range(2)]
+    students, teachers = (torch.stack(side) for side in zip(*batches, strict=True))
+    values, slopes = zip(*(gradient(ours, s, t) for s, t in batches), strict=True)
+    expected, slope = torch.stack(values), torch.stack(slopes)
+    torch.testing.assert_close(torch.func.vmap(ours)(students, teachers), expected)
+    found = torch.func.vmap(torch.func.grad(lambda s, t: 3 * ours(s, t)))(students, teachers)
+    torch.testing.assert_close(found, slope)
+    leaf = students.clone().requires_grad_(True)
+    (found,) = torch.autograd.grad(3 * torch.func.vmap(ours)(leaf, teachers).sum(), leaf)
+    torch.testing.assert_close(found, slope)
+    found = torch.func.vmap(torch.func.grad(ours), in_dims=(0, None))(students, teachers[0])
+    torch.testing.assert_close(3 * found[0], slope[0])
+    found = torch.func.vmap(torch.func.grad(ours), in_dims=(None, 0))(students[0], teachers)
+    torch.testing.assert_close(3 * found[0], slope[0])
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "hcl"])
+def test_autocast_and_checkpoints(name: str) -> None:
+    ours = losses.hcl_loss if name == "hcl" else PAIRS[name][0]
+    student, teacher = pair((3, 4, 6, 6), (6, 6), torch.float32)
+    expected, slope = gradient(ours, student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, grad = gradient(ours, student, teacher)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grad, slope, rtol=0, atol=0)
+
+    def kept(s: Tensor, t: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(ours, s, t, use_reentrant=False)
+
+    found, grad = gradient(kept, student, teacher)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grad, slope, rtol=0, atol=0)
 
 
 def test_at_of_nothing() -> None:
@@ -358,6 +444,29 @@ def test_vid_module(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(found, true)
 
 
+@pytest.mark.parametrize("make", ["fitnet", "vid", "review"])
+def test_modules_take_features_of_less_precision(make: str) -> None:
+    """In the dtype of the parameters, as if the features had come in it."""
+    listed = make == "review"
+    criterion: Any = {
+        "fitnet": lambda: losses.FitNetLoss(4, 6),
+        "vid": lambda: losses.VIDLoss(4, 6),
+        "review": lambda: losses.ReviewKDLoss([4], [6]),
+    }[make]()
+    student, teacher = pair((3, 4, 5, 5), (5, 5), torch.bfloat16, channels=6)
+    teacher = teacher.float()
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return criterion([s], [t]) if listed else criterion(s, t)
+
+    value, grad = gradient(loss, student, teacher)
+    expected, slope = gradient(loss, student.float(), teacher)
+    assert torch.equal(value, expected)
+    assert torch.equal(grad, slope.bfloat16())
+    with pytest.raises(TypeError, match=r"at most the precision .*got torch.float64"):
+        loss(student.double(), teacher)
+
+
 def test_vid_module_defaults() -> None:
     criterion = losses.VIDLoss(5, 7)
     assert [m.out_channels for m in criterion.regressor if isinstance(m, nn.Conv2d)] == [7, 7, 7]
@@ -395,7 +504,7 @@ def nearest(x: Tensor, size: Sequence[int]) -> Tensor:
     return x[:, :, rows][:, :, :, cols]
 
 
-def review(
+def reviewed(
     criterion: losses.ReviewKDLoss, students: Sequence[Tensor], teachers: Sequence[Tensor]
 ) -> Tensor:
     residual, outs = None, []
@@ -435,7 +544,7 @@ def test_reviewkd_matches_the_formula(
     weights = [w for w in criterion.parameters() if w.dim() == 4]
     assert criterion.fusions[-1].attention is None
     assert len(weights) == 3 * len(students) - 1
-    found, true = criterion(leaves, targets), review(criterion, leaves, targets)
+    found, true = criterion(leaves, targets), reviewed(criterion, leaves, targets)
     torch.testing.assert_close(found, true, rtol=1e-12, atol=0)
     for a, b in zip(
         torch.autograd.grad(found, [*leaves, *weights]),
@@ -451,7 +560,7 @@ def test_reviewkd_widths() -> None:
     made = losses.ReviewKDLoss([8, 16], [4, 4], mid_channels=3)
     assert made.fusions[1].expand[0].in_channels == 3
     torch.manual_seed(0)
-    weight = losses.ABF(64, 32, 16, fuse=True).reduce[0].weight
+    weight = review.ABF(64, 32, 16, fuse=True).reduce[0].weight
     bound = math.sqrt(3 / 64)  # kaiming_uniform with a = 1
     assert 0.9 * bound < weight.abs().max() <= bound
 
@@ -464,7 +573,9 @@ def test_modules_are_the_functions() -> None:
         assert module(student, teacher).item() == expected.item()
         assert f"p={options.get('p', 2.0)}" in repr(module)
     assert "4, 7" in repr(losses.FitNetLoss(4, 7))
-    assert "4, 7" in repr(losses.VIDLoss(4, 7))
+    shown = repr(losses.VIDLoss(4, 7, initial_variance=2.0))
+    assert "4, 7, mid_channels=7, initial_variance=2.0, eps=1e-05" in shown
+    assert "[4, 8], [5, 6], mid_channels=8" in repr(losses.ReviewKDLoss([4, 8], [5, 6]))
 
 
 def test_modules_train_and_travel() -> None:
@@ -582,6 +693,30 @@ def wrong() -> Iterator[tuple[str, Callable[[], Any], type[Exception], str]]:
             lambda: losses.vid_loss(S, T, variance=torch.ones(4)),
             ValueError,
             r"variance: expected one value per channel, \[3\], got shape \[4\]",
+        ),
+        (
+            "vid variance of 0",
+            lambda: losses.vid_loss(S, T, variance=torch.tensor([1.0, 0.0, 2.0])),
+            ValueError,
+            "variance: expected values above 0, got 0.0",
+        ),
+        (
+            "vid variance below 0",
+            lambda: losses.vid_loss(S, T, variance=torch.tensor([1.0, -0.5, 2.0])),
+            ValueError,
+            "variance: expected values above 0, got -0.5",
+        ),
+        (
+            "ATLoss p",
+            lambda: losses.ATLoss(p=0.5),
+            ValueError,
+            "p: expected a finite number of at least 1, got 0.5",
+        ),
+        (
+            "ATLoss p type",
+            lambda: losses.ATLoss(p="2"),  # type: ignore[arg-type]
+            TypeError,
+            "p: expected a number, got str",
         ),
         (
             "vid variance type",

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import fastxkd
-from fastxkd.losses import explanations, features, inputs, linear, relations
+from fastxkd.losses import explanations, features, inputs, linear, relations, review, similarity
 from fastxkd.ops import _library
-from tests import oracles
+from tests import oracles, test_emulator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,6 +34,7 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
     "jsd": {"divergence": "jsd", "beta": 0.3},
     "tvd": {"divergence": "tvd"},
     "dkd": {"divergence": "dkd", "alpha": 1.0, "beta": 8.0},
+    "dist": {"divergence": "dist", "alpha": 1.0, "beta": 2.0},
 }
 # Warps, blocks, and rows that no block holds; lengths that no vector divides.
 SHAPES = (
@@ -81,16 +82,41 @@ def loss_of(
 ) -> Tensor:
     """The library's loss, by the oracle's names of the options."""
     rest = dict(options)
-    if rest.get("divergence") != "dkd":
+    divergence = rest.get("divergence")
+    if divergence not in ("dkd", "dist"):
         found = fastxkd.kd_loss(student, teacher, labels, **rest)
     else:
-        assert labels is not None
         del rest["divergence"]
-        rest |= {"target_weight": rest.pop("alpha"), "others_weight": rest.pop("beta")}
+        weights = {
+            "dkd": ("target_weight", "others_weight"),
+            "dist": ("inter_weight", "intra_weight"),
+        }
+        rest |= dict(zip(weights[divergence], (rest.pop("alpha"), rest.pop("beta")), strict=True))
         rest = {"ce_weight": 0.1, "kd_weight": 0.9} | rest
-        found = fastxkd.dkd_loss(student, teacher, labels, **rest)
+        if divergence == "dkd":
+            assert labels is not None
+            found = fastxkd.dkd_loss(student, teacher, labels, **rest)
+        else:
+            found = fastxkd.losses.dist_loss(student, teacher, labels, **rest)
     assert isinstance(found, Tensor)
     return found
+
+
+def parts_of(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The oracle's hard and soft part."""
+    if options.get("divergence") != "dist":
+        return oracles.kd_parts(student, teacher, labels, **options)
+    rest = options | {"divergence": "forward_kl", "kd_weight": 0.0}
+    hard, _ = oracles.kd_parts(student, teacher, labels, **rest)
+    keep = torch.ones(len(student), dtype=torch.bool) if labels is None else labels != IGNORE
+    weight = options.get("row_weight")
+    weight = (torch.ones(len(student)) if weight is None else weight)[keep].to(student.dtype)
+    temperature = options.get("temperature", 4.0)
+    q, p = (torch.softmax(x[keep] / temperature, 1) for x in (student, teacher))
+    value = test_emulator.dist(q, p, weight, options["alpha"], options["beta"])
+    return hard, options.get("kd_weight", 0.9) * temperature**2 * value
 
 
 def _oracle(
@@ -98,9 +124,11 @@ def _oracle(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient, and the loss of every row."""
     leaf = student.detach().clone().requires_grad_(True)
-    hard, soft = oracles.kd_parts(leaf, teacher, labels, **options)
+    hard, soft = parts_of(leaf, teacher, labels, options)
     (hard + soft).sum().backward()
     assert leaf.grad is not None
+    if options.get("divergence") == "dist":  # no sum over rows
+        return (hard + soft).detach(), leaf.grad, (hard + soft).detach()
     with torch.no_grad():
         hard_rows, soft_rows = oracles.kd_parts(
             student, teacher, labels, **(options | {"reduction": "none"})
@@ -146,20 +174,30 @@ def compare(
     assert leaf.grad.shape == student.shape
 
     true_loss, true_grad, true_rows = _oracle(student.double(), teacher.double(), labels, options)
-    eager_loss, eager_grad, eager_rows = _oracle(student, teacher, labels, options)
+    # DIST's squares underflow in float16: 0/0 is no limit.
+    exactly = options.get("divergence") == "dist" and student.dtype != torch.float64
+    how = torch.float32 if exactly else student.dtype
+    eager_loss, eager_grad, eager_rows = _oracle(student.to(how), teacher.to(how), labels, options)
     eps = 1e-12 if student.dtype == torch.float64 else 1e-6
     mean = options.get("reduction", "batchmean") == "batchmean"
     rows = student.shape[0]
     # Errors of rows in quadrature: in eager's own sum they may cancel by luck.
     by_rows = (eager_rows.double() - true_rows).norm() / (rows if mean else 1)
     loss_limit = max((eager_loss.double() - true_loss).norm(), by_rows)
-    loss_limit += eps * max(true_loss.norm(), 1)
+    unit = 1.0
+    if options.get("divergence") == "dist":  # correlations of order 1, times that
+        unit = options.get("kd_weight", 0.9) * options.get("temperature", 4.0) ** 2
+        unit *= options["alpha"] + options["beta"]
+    loss_limit += eps * max(true_loss.norm(), unit)
     # What the gradient is the difference of: its scale where that cancels to nothing.
     parts = options["alpha"] + options["beta"] if options.get("divergence") == "dkd" else 1
     terms = options.get("ce_weight", 0.1) + (
         options.get("kd_weight", 0.9) * parts * options.get("temperature", 4.0)
     )
     norm = max(true_grad.norm(), 0.1 * terms * rows**0.5 / (rows if mean else 1))
+    if options.get("divergence") == "dist":
+        rest = {"kd_weight": 0.9} | options
+        norm = max(norm, test_emulator.terms(student, teacher, labels, rest))
     grad_limit = (eager_grad.double() - true_grad).norm()
     if student.dtype in (torch.bfloat16, torch.float16):
         grad_limit = 1.2 * (true_grad.to(student.dtype).double() - true_grad).norm()
@@ -260,6 +298,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_options(kernel: str, dtype: torch.dtype, name: str) -> None:
     divergences = DIVERGENCES if kernel == "cuda" else {"forward_kl": {}}
     for divergence in divergences.values():
+        if divergence.get("divergence") == "dist" and "reduction" in OPTIONS[name]:
+            continue  # a mean and nothing else
         check(*logits(9, 33, dtype, ignored=0.3), divergence | OPTIONS[name])
 
 
@@ -323,11 +363,12 @@ def test_a_wrong_label_is_its_rows_alone(kernel: str) -> None:
     torch.testing.assert_close(grad[~wrong], expected[1][~wrong])
 
 
-def test_the_same_numbers_every_time(kernel: str) -> None:
+@pytest.mark.parametrize("divergence", ["forward_kl", "dist"])
+def test_the_same_numbers_every_time(kernel: str, divergence: str) -> None:
     given = on_gpu(*logits(4096, 1000, torch.float32, ignored=0.1))
-    first = step(*given, {})
+    first = step(*given, DIVERGENCES[divergence])
     for _ in range(5):
-        for one, other in zip(step(*given, {}), first, strict=True):
+        for one, other in zip(step(*given, DIVERGENCES[divergence]), first, strict=True):
             assert torch.equal(one, other)
 
 
@@ -352,6 +393,32 @@ def test_offsets_beyond_31_bits(kernel: str) -> None:
     last = grad[-8:].clone()
     torch.ops.fastxkd.kd_loss_scale_(grad, torch.full((rows,), 2.0, device=CUDA))
     torch.testing.assert_close(grad[-8:], 2 * last, rtol=0, atol=0)
+
+
+def test_dist_offsets_beyond_31_bits(kernel: str) -> None:
+    """The same rows over and over: the same correlations, and of the gradient each row's share."""
+    rows, classes, times = 100, 131_072, 164
+    assert rows * times * classes > 2**31
+    needed = 3 * rows * times * classes * 2
+    free = torch.cuda.mem_get_info()[0]
+    if free < 1.2 * needed:
+        pytest.skip(f"needs {1.2 * needed / 2**30:.0f} GiB of free memory, has {free / 2**30:.0f}")
+    once = on_gpu(*logits(rows, classes, torch.bfloat16))
+    student, teacher, labels = once
+    many = (student.repeat(times, 1), teacher.repeat(times, 1), labels.repeat(times))
+    options = DIVERGENCES["dist"]
+    loss, grad = step(*many, options)
+    assert loss.isfinite()
+    assert torch.equal(grad[-rows:], grad[:rows])
+    # Of the rows alone: beside the columns' norms, which grow, 1e-8 is not the same.
+    options = options | {"beta": 0.0}
+    loss, grad = step(*many, options)
+    expected = step(*once, options)
+    torch.testing.assert_close(loss, expected[0])
+    exact = expected[1].float()
+    torch.testing.assert_close(
+        grad[-rows:].float() * times, exact, rtol=0.01, atol=1e-5 * float(exact.abs().max())
+    )
 
 
 # --- the backward pass
@@ -399,6 +466,8 @@ def test_no_step_waits_for_the_device(kernel: str) -> None:
     }
     for divergence in DIVERGENCES.values():
         for more in ({}, {"reduction": "none"}, weights):
+            if divergence.get("divergence") == "dist" and "reduction" in more:
+                continue
             given = on_gpu(*logits(64, 1000, torch.bfloat16, ignored=0.2))
             expected = step(*given, divergence | more)  # compiles
             torch.cuda.synchronize()
@@ -411,18 +480,20 @@ def test_no_step_waits_for_the_device(kernel: str) -> None:
                 torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "dist"])
 @pytest.mark.parametrize("shape", [(64, 100), (33, 5003), (8, 32000)], ids=str)
-def test_graph_capture_and_replay(kernel: str, shape: tuple[int, int]) -> None:
+def test_graph_capture_and_replay(kernel: str, shape: tuple[int, int], divergence: str) -> None:
+    options = DIVERGENCES[divergence]
     student, teacher, labels = on_gpu(*logits(*shape, torch.float32, ignored=0.2))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            step(student, teacher, labels, {})
+            step(student, teacher, labels, options)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss, grad = step(student, teacher, labels, {})
+        loss, grad = step(student, teacher, labels, options)
     for seed in range(3):
         generator = torch.Generator(CUDA).manual_seed(seed)
         student.normal_(generator=generator)
@@ -430,22 +501,24 @@ def test_graph_capture_and_replay(kernel: str, shape: tuple[int, int]) -> None:
         labels.random_(shape[1], generator=generator)
         labels[seed] = IGNORE
         graph.replay()
-        expected = step(student, teacher, labels, {})
+        expected = step(student, teacher, labels, options)
         torch.testing.assert_close(loss, expected[0], rtol=0, atol=0)
         torch.testing.assert_close(grad, expected[1], rtol=0, atol=0)
 
 
-def test_two_streams(kernel: str) -> None:
+@pytest.mark.parametrize("divergence", ["forward_kl", "dist"])
+def test_two_streams(kernel: str, divergence: str) -> None:
     """Launches of two streams run beside each other and share no counter and no scratch."""
+    options = DIVERGENCES[divergence]
     given = [on_gpu(*logits(rows, 5003, torch.float32, ignored=0.1)) for rows in (2000, 1999)]
-    expected = [step(*g, {}) for g in given]
+    expected = [step(*g, options) for g in given]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     found: list[list[tuple[Tensor, Tensor]]] = [[], []]
     for _ in range(10):
         for mine, stream, inputs_ in zip(found, streams, given, strict=True):
             with torch.cuda.stream(stream):
-                mine.append(step(*inputs_, {}))
+                mine.append(step(*inputs_, options))
     torch.cuda.synchronize()
     for mine, (loss, grad) in zip(found, expected, strict=True):
         for one in mine:
@@ -496,18 +569,18 @@ LOSSES: dict[str, tuple[Tensor, list[Any], Loss]] = {
                     "at": features.at_loss,
                     "catkd": explanations.catkd_loss,
                     "fitnet": features.fitnet_loss,
-                    "hcl": features.hcl_loss,
+                    "hcl": review.hcl_loss,
                 },
             ),
             (_pair(6, 9, 9), {"e2kd": explanations.e2kd_loss}),
             (
                 _pair(24, 64),
                 {
-                    "cc": relations.cc_loss,
+                    "cc": similarity.cc_loss,
                     "dc": relations.dc_loss,
-                    "pkt": relations.pkt_loss,
+                    "pkt": similarity.pkt_loss,
                     "rkd": relations.rkd_loss,
-                    "sp": relations.sp_loss,
+                    "sp": similarity.sp_loss,
                     "distance correlation": fastxkd.distance_correlation,
                 },
             ),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import fastxkd
 from benchmarks import gpu
-from tests import oracles, test_gpu
+from tests import test_gpu
 
 BACKENDS = ("cpu", "reference") if fastxkd.ops._library._cpu is not None else ("reference",)
 TINY = gpu.Plan(
@@ -235,8 +235,8 @@ def test_clock_times_calls_and_what_comes_before_is_not_timed() -> None:
 def test_eager_forms_are_the_losses_of_the_library() -> None:
     student, teacher, labels = test_gpu.logits(9, 33, torch.float64)
     for name, options in test_gpu.DIVERGENCES.items():
-        beta = {"beta": 0.5} if name == "jsd" else {}
-        hard, soft = oracles.kd_parts(student, teacher, labels, **options | beta)
+        beta = {"jsd": {"beta": 0.5}, "dist": {"beta": 1.0}}.get(name, {})
+        hard, soft = test_gpu.parts_of(student, teacher, labels, options | beta)
         for loss in (gpu.eager, gpu.ours):
             torch.testing.assert_close(loss(student, teacher, labels, name), hard + soft)
         batch = gpu.Batch(9, 33, torch.float64, torch.device("cpu"))

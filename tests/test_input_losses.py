@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fastxkd.losses.inputs import (
@@ -88,13 +89,15 @@ def assert_slope(loss: Callable[[], Tensor], model: nn.Module) -> None:
         directions = [torch.randn_like(p) for p in parameters]
         slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
         values = []
-        for step in (1e-6, -2e-6):
+        for step in (2e-5, -1e-5, -2e-5, -1e-5):  # at 2, 1, -1, -2 steps of 1e-5
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.data.add_(direction, alpha=step)
             values.append(loss().detach())
         for parameter, direction in zip(parameters, directions, strict=True):
-            parameter.data.add_(direction, alpha=1e-6)
-        torch.testing.assert_close((values[0] - values[1]) / 2e-6, slope, rtol=1e-5, atol=1e-6)
+            parameter.data.add_(direction, alpha=2e-5)
+        # Right to the fourth order of the step, and to the rounding of values divided by it.
+        found = (8 * (values[1] - values[2]) - (values[0] - values[3])) / 12e-5
+        torch.testing.assert_close(found, slope, rtol=1e-8, atol=1e-9)
 
 
 # --- KDIGA
@@ -532,6 +535,114 @@ def test_models_are_left_as_they_were_after_an_error(images: Tensor, labels: Ten
                 loss(student, teacher, images, labels)
 
 
+# The list that every loss is tried on: samples by width, of two linear models.
+LISTED = [(1, 1), (3, 2), (7, 33), (128, 100), (41, 1271), (256, 1000), (16, 32000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", LISTED, ids=str)
+@pytest.mark.parametrize("kind", ["kdiga", "mixkd", "mixkd, kl"])
+def test_listed_shapes(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """No worse than the formulas in the dtype of the models."""
+    rows, width = shape
+    student, teacher = nn.Linear(width, 4).to(dtype), nn.Linear(width, 4).to(dtype)
+    inputs, labels = torch.randn(shape).to(dtype), torch.randint(4, (rows,))
+    draw = draw_pairs(rows, 0.4, torch.Generator().manual_seed(3), device=torch.device("cpu"))
+
+    def ours(s: nn.Module, t: nn.Module, x: Tensor) -> Tensor:
+        if kind == "kdiga":
+            return kdiga_loss(s, t, x, labels)
+        distance = "kl" if "kl" in kind else "mse"
+        generator = torch.Generator().manual_seed(3)
+        return mixkd_loss(s, t, x, labels, distance=distance, generator=generator)
+
+    def formula(s: Any, t: Any, x: Tensor) -> Tensor:
+        one_hot = F.one_hot(labels, 4).to(x.dtype)
+        logits, guidance = s(x), t(x).detach()
+        if kind == "kdiga":
+            # Of a linear model the input gradient is (p - y) W.
+            slopes = [(z.softmax(1) - one_hot) @ m.weight for z, m in ((logits, s), (guidance, t))]
+            apart = (slopes[0] - slopes[1].detach()).square().sum(1).mean()
+            ce = -(one_hot * logits.log_softmax(1)).sum(1).mean()
+            return ce + soft(logits, guidance, 4.0) + apart
+        share, partner = draw[0].to(x.dtype)[:, None], draw[1]
+        mixed = share * x + (1 - share) * x[partner]
+        target = share * one_hot + (1 - share) * one_hot[partner]
+        s_mixed, t_mixed = s(mixed), t(mixed).detach()
+        d = soft(s_mixed, t_mixed, 1.0) if "kl" in kind else (s_mixed - t_mixed).square().mean()
+        ce = -(one_hot * logits.log_softmax(1)).sum(1).mean()
+        return ce - (target * s_mixed.log_softmax(1)).sum(1).mean() + d
+
+    wide = [copy.deepcopy(m).double() for m in (student, teacher)]
+    true = formula(*wide, inputs.double())
+    slopes = parameter_gradients(wide[0], 3 * true)
+    value, eager = ours(student, teacher, inputs), formula(student, teacher, inputs)
+    assert value.dtype == torch.promote_types(dtype, torch.float32)
+    assert abs(value.item() - true.item()) <= abs(eager.item() - true.item()) + 1e-6 * true.abs()
+    grads, eager_grads = (parameter_gradients(student, 3 * x) for x in (value, eager))
+    for grad, eager_grad, slope in zip(grads, eager_grads, slopes, strict=True):
+        # Of 16-bit models each term's gradient is rounded, and their sum once more.
+        eps = 1e-6 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps
+        limit = (eager_grad - slope).norm() + eps * slope.norm()
+        assert (grad - slope).norm() <= limit
+
+
+def test_mixkd_with_no_factor_has_a_gradient_of_zeros(images: Tensor, labels: Tensor) -> None:
+    student, teacher = pair()
+    none = {"ce_weight": 0.0, "mix_weight": 0.0, "kd_weight": 0.0}
+    parts = mixkd_loss(student, teacher, images, labels, return_parts=True, **none)
+    parts.loss.backward()
+    assert parts.loss.item() == 0
+    assert parts.student_logits is not None
+    assert all(p.grad is not None and not p.grad.any() for p in student.parameters())
+
+
+@pytest.mark.parametrize("loss", [kdiga_loss, mixkd_loss])
+def test_under_autocast_and_checkpoints(
+    loss: Callable[..., Tensor], images: Tensor, labels: Tensor
+) -> None:
+    """A student whose layers are checkpointed: the double backward goes through them again."""
+    student, teacher = pair()
+
+    def kept(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(student, x, use_reentrant=False)
+
+    found = []
+    for model in (student, kept):
+        torch.manual_seed(4)
+        student.zero_grad()
+        loss(model, teacher, images, labels).backward()
+        found.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
+    assert len(found[0]) == 4
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_the_wider_of_two_dtypes(labels: Tensor) -> None:
+    student, teacher = nn.Linear(6, 4).bfloat16(), nn.Linear(6, 4)
+    inputs = torch.randn(5, 6)
+    for distance in ("mse", "kl"):
+        loss = mixkd_loss(
+            student,
+            teacher,
+            inputs.bfloat16(),
+            labels,
+            teacher_inputs=inputs,
+            ce_weight=0.0,
+            mix_weight=0.0,
+            distance=distance,
+            generator=torch.Generator().manual_seed(3),
+        )
+        share, partner = draw_pairs(
+            5, 0.4, torch.Generator().manual_seed(3), device=torch.device("cpu")
+        )
+        s, t = (
+            m(torch.lerp(x[partner], x, share.to(x.dtype)[:, None])).double()
+            for m, x in ((student, inputs.bfloat16()), (teacher, inputs))
+        )
+        true = (s - t).square().mean() if distance == "mse" else soft(s, t, 1.0)
+        assert loss.item() == pytest.approx(true.item(), rel=1e-5)
+
+
 # --- wrong input
 
 X, Y = torch.rand(3, 4), torch.tensor([0, 1, 2])
@@ -551,12 +662,52 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "kdiga labels": (
         lambda: kdiga_loss(NET, NET, X, Y[:2]),
         ValueError,
-        r"labels: expected \[3\], one per sample, got \[2\]",
+        r"labels: expected \[3\], one for each row of images \[3, 4\], got \[2\]",
     ),
     "kdiga label dtype": (
         lambda: kdiga_loss(NET, NET, X, Y.float()),
         TypeError,
         "labels: expected torch.int64 class indices, got torch.float32",
+    ),
+    "kdiga label to ignore": (
+        lambda: kdiga_loss(NET, NET, X, torch.tensor([0, -100, 2])),
+        ValueError,
+        "labels: expected classes from 0 to 2, got -100; every row counts",
+    ),
+    "kdiga label too high": (
+        lambda: kdiga_loss(NET, NET, X, torch.tensor([0, 3, 2])),
+        ValueError,
+        "labels: expected classes from 0 to 2, got 3",
+    ),
+    "mixkd label to ignore": (
+        lambda: mixkd_loss(NET, NET, X, torch.tensor([0, -100, 2])),
+        ValueError,
+        "labels: expected classes from 0 to 2, got -100; every row counts",
+    ),
+    "mixkd label too high, of mixtures alone": (
+        lambda: mixkd_loss(NET, NET, X, torch.tensor([0, 3, 2]), ce_weight=0.0),
+        ValueError,
+        "labels: expected classes from 0 to 2, got 3",
+    ),
+    "KDIGALoss": (
+        lambda: KDIGALoss(NET, NET, temperature=0.0),
+        ValueError,
+        "temperature: expected a finite number above 0, got 0.0",
+    ),
+    "KDIGALoss flag": (
+        lambda: KDIGALoss(NET, NET, squared="no"),  # type: ignore[arg-type]
+        TypeError,
+        "squared: expected a bool, got str",
+    ),
+    "MixKDLoss": (
+        lambda: MixKDLoss(NET, NET, distance="l1"),
+        ValueError,
+        "distance: expected one of mse, kl, got 'l1'",
+    ),
+    "MixKDLoss weight": (
+        lambda: MixKDLoss(NET, NET, kd_weight=-1.0),
+        ValueError,
+        "kd_weight: expected a finite number of at least 0, got -1.0",
     ),
     "kdiga weight": (
         lambda: kdiga_loss(NET, NET, X, Y, alignment_weight=-1.0),
@@ -629,5 +780,7 @@ def test_wrong_input_is_named(name: str) -> None:
 
 
 def test_modules_describe_themselves() -> None:
-    assert "squared=False" in repr(KDIGALoss(NET, NET, squared=False))
-    assert "distance='kl'" in repr(MixKDLoss(NET, NET, distance="kl"))
+    shown = repr(KDIGALoss(NET, NET, squared=False))
+    assert "alignment_weight=1.0, squared=False, return_parts=False" in shown
+    shown = repr(MixKDLoss(NET, NET, distance="kl", temperature=2.0))
+    assert "distance='kl', temperature=2.0, generator=None, return_parts=False" in shown

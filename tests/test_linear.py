@@ -624,7 +624,7 @@ def test_func_grad(backend: str, reduction: str) -> None:
     torch.testing.assert_close(only, grads[1], rtol=1e-12, atol=1e-14)
 
 
-# Without a batching rule of its own the operator runs once per slice; torch says so, rightly.
+# The weighted sum of rows goes back through the operator, which torch runs slice by slice.
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 def test_vmap_of_gradients(reduction: str) -> None:

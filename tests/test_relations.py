@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from benchmarks import relations as benchmark
-from fastxkd.losses import relations as losses
+from fastxkd import losses
+from fastxkd.losses import comparative
 from fastxkd.ops import rkd as operator
 from tests import oracles
 
@@ -63,6 +65,14 @@ def pkt(student: Tensor, teacher: Tensor) -> Tensor:
     return (t * torch.log((t + 1e-7) / (s + 1e-7))).mean()
 
 
+def pkt_terms(student: Tensor, teacher: Tensor) -> float:
+    """What cancels in a gradient: 3 / n^2 p_t / (p_s + 1e-7), through a cosine and a length."""
+    kernels = [(normalized(x) @ normalized(x).T + 1) / 2 for x in (student, teacher)]
+    s, t = (k / k.sum(1, keepdim=True) for k in kernels)
+    ratio = (t / (s + 1e-7)).max() / (2 * kernels[0].sum(1).min())
+    return (3 * ratio / len(student) ** 2 / student.norm(dim=1).min()).item()
+
+
 def differences(x: Tensor) -> tuple[Tensor, Tensor]:
     """``e[j, i] = x_i - x_j`` and its length, of which equal samples have none and no gradient."""
     x = x.flatten(1)
@@ -110,7 +120,7 @@ class CKD:
         self.labels, self.options = labels, {"temperature": 4.0, **options}
         self.positives = self.options.get("positives", 2)
         self.size = self.positives + self.options.get("negatives", 1)
-        self.picks = losses._picks(n, PICKS, self.size, self.draw(), torch.device("cpu"))
+        self.picks = comparative._picks(n, PICKS, self.size, self.draw(), torch.device("cpu"))
 
     def draw(self) -> torch.Generator:
         return torch.Generator().manual_seed(5)
@@ -185,7 +195,7 @@ def features(
 
 
 def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = student.detach().clone().requires_grad_(True)
+    leaf = student.detach().requires_grad_(True)  # in the layout that it has
     value = loss(leaf, teacher)
     (grad,) = torch.autograd.grad(value, leaf, torch.full_like(value, 3.0))
     return value.detach(), grad
@@ -199,23 +209,29 @@ def check(
     *,
     eps: float = 1e-6,
     scale: float = 0,
+    times: tuple[Tensor | float, Tensor | float] = (1, 1),
 ) -> None:
     """No worse than eager on the same numbers in the precision that sums are taken in.
 
-    ``scale`` is the size of the terms of a gradient that is 0 or nearly so.
+    ``scale`` is the size of the terms of a gradient that is 0 or nearly so. ``times``: what both
+    are multiplied with for ours and the truth, out of eager's reach, where its error would be that
+    of the features as they are.
     """
     dtype = student.dtype
     exact = torch.float64 if torch.float64 in (dtype, teacher.dtype) else torch.float32
-    value, grad = gradient(ours, student, teacher)
-    true, slope = gradient(formula, student.double(), teacher.double())
     eager, eager_slope = gradient(formula, student.to(exact), teacher.to(exact))
+    true, slope = gradient(formula, student.double(), teacher.double())
+    off = abs(eager.item() - true.item())
+    off_slope = (eager_slope.double() - slope).norm() / slope.norm().clamp_min(1e-300)
+    value, grad = gradient(ours, times[0] * student, times[1] * teacher)
+    true, slope = gradient(formula, times[0] * student.double(), times[1] * teacher.double())
     assert value.dtype == exact
     assert value.shape == ()
     assert grad.dtype == dtype
     assert grad.shape == student.shape
     eps = eps if exact == torch.float32 else 1e-12
-    assert abs(value.item() - true.item()) <= abs(eager.item() - true.item()) + eps * max(1, true)
-    limit = (eager_slope.double() - slope).norm() + eps * max(slope.norm(), scale)
+    assert abs(value.item() - true.item()) <= off + eps * max(1, true)
+    limit = off_slope * slope.norm() + eps * max(slope.norm(), scale)
     if dtype != exact:
         limit += 1.2 * (slope.to(dtype).double() - slope).norm()
     assert (grad.double() - slope).norm() <= limit
@@ -276,10 +292,8 @@ def test_gradcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*PAIRS, "ckd"])
 def test_layouts(name: str) -> None:
-    wide = (4, 3, 2)
-    student, teacher = features(12, (6,) if name == "ckd" else wide, (6,), torch.float32)
-    ours = CKD(12).ours if name == "ckd" else PAIRS[name][0]
-    expected, slope = gradient(ours, student, teacher)
+    student, teacher = features(12, (6,) if name == "ckd" else (4, 3, 2), (6,), torch.float32)
+    pair = (CKD(12).ours, CKD(12).formula) if name == "ckd" else PAIRS[name]
 
     def strided(x: Tensor) -> Tensor:
         hole = torch.full((24, *x.shape[1:], 2), torch.nan)
@@ -288,16 +302,14 @@ def test_layouts(name: str) -> None:
 
     variants = [(strided(student), strided(teacher))]
     if name != "ckd":
-        variants.append(
-            (student.contiguous(memory_format=torch.channels_last), teacher.T.clone().T)
-        )
+        last = student.contiguous(memory_format=torch.channels_last)
+        variants.append((last, teacher.T.clone().T))
+        # One feature map for several samples, and one value for all positions.
+        variants.append((student[:6].repeat(2, 1, 1, 1), teacher[:, :1].expand(12, 6)))
+        variants.append((student[:, :, :1].expand(12, 4, 3, 2), teacher))
     for s, t in variants:
-        assert not s.is_contiguous()
-        leaf = s.requires_grad_(True)
-        found = ours(leaf, t)
-        (grad,) = torch.autograd.grad(3 * found, leaf)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(grad, slope, rtol=1e-4, atol=1e-6)
+        check(*pair, s, t, eps=1e-5 if "dc" in name else 1e-6)
+    assert not any(s.is_contiguous() and t.is_contiguous() for s, t in variants)
 
 
 def test_no_gradient_where_none_is_asked_for() -> None:
@@ -380,6 +392,87 @@ def test_rkd_of_near_pairs_and_clusters(gap: float) -> None:
     check(losses.rkd_loss, rkd, 1000 + student, teacher)
 
 
+# --- sizes
+
+
+# Powers of two: the truth at a scale is the truth at 1, to the last bit.
+@pytest.mark.parametrize("power", [-73, -50, 40, 63], ids=str)  # 1e-22 to 1e19
+@pytest.mark.parametrize("name", PAIRS)
+def test_features_of_any_size(backend: str, name: str, power: int) -> None:
+    """Squares that vanish or overflow in float32, in the student, the teacher and one sample."""
+    ours, formula = PAIRS[name]
+    if name == "cc bilinear":  # grows with the fourth power: only as far as float32 goes
+        power //= 8
+    if name.startswith("rkd") and power < 0:  # 1e-6 is the least distance, see below
+        ours, formula = PAIRS["rkd angle"]
+    student, teacher = features(9, (5,), (4,), torch.float32)
+    one = torch.ones(9, 1)
+    one[3] = 2.0**power
+    for s, t in ((2.0**power, 1.0), (1.0, 2.0**power), (one, 1.0), (2.0**power, one)):
+        lonely = ["sp"] * (power > 0) + ["rkd", "rkd angle", "rkd distance", "dc plain"]
+        if (isinstance(s, Tensor) or isinstance(t, Tensor)) and name in lonely:
+            continue  # of one sample far from all others, the gradient is what rounding leaves
+        check(ours, formula, student, teacher, times=(s, t))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_size_of_all_features_does_not_matter(name: str) -> None:
+    if name in ("cc bilinear", "rkd", "rkd distance"):
+        return
+    student, teacher = features(9, (5,), (4,), torch.float32)
+    value, grad = gradient(PAIRS[name][0], student, teacher)
+    found, slope = gradient(PAIRS[name][0], student * 2.0**-30, teacher * 2.0**100)
+    torch.testing.assert_close(found, value, rtol=0, atol=0 if "dc" not in name else 1e-6)
+    torch.testing.assert_close(slope * 2.0**-30, grad, rtol=1e-5, atol=1e-6)
+
+
+def test_rkd_of_distances_below_the_least() -> None:
+    """All students are then equally far apart: a constant, and the truth has no gradient either."""
+    student, teacher = features(9, (5,), (4,), torch.float32)
+    for scale in (1e-8, 1e-22):
+        value, grad = gradient(PAIRS["rkd distance"][0], student * scale, teacher)
+        true, slope = gradient(rkd_distance, student.double() * scale, teacher.double())
+        assert value.item() == pytest.approx(true.item(), rel=1e-6)
+        assert not grad.any()
+        assert not slope.any()
+
+
+@pytest.mark.parametrize("power", [10, 25, 40, 63, 100], ids=str)
+def test_rkd_of_one_sample_far_from_all_others(power: int) -> None:
+    """However far: cosines of the others keep what digits there are, and stay cosines."""
+    student, teacher = features(9, (5,), (4,), torch.float32)
+    student[3] *= 2.0**power
+    value, grad = gradient(PAIRS["rkd angle"][0], student, teacher)
+    true, _ = gradient(rkd_angle, student.double(), teacher.double())
+    assert grad.isfinite().all()
+    assert value <= 1.5
+    if power <= 25:
+        assert value.item() == pytest.approx(true.item(), abs=1e-6)
+
+
+# The list that every loss is tried on; samples by width.
+LISTED = [(3, 2), (7, 33), (128, 100), (41, 1271), (256, 1000), (16, 32000)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LISTED, ids=str)
+@pytest.mark.parametrize("name", ["sp", "cc", "pkt", "rkd", "dc", "ckd"])
+def test_listed_shapes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    n, width = shape
+    ours, formula = (CKD(n).ours, CKD(n).formula) if name == "ckd" else PAIRS[name]
+    if name == "dc" and n < 4:
+        return
+    if n == 256 and name in ("rkd", "dc"):
+        if dtype != torch.bfloat16:
+            return  # the formula broadcasts [n, n, width]; one dtype, and a part of the width
+        width = 100
+    if width == 32000 and name == "rkd" and dtype in (torch.float16, torch.float64):
+        return  # seconds each
+    student, teacher = features(n, (width,), (width,), dtype)
+    terms = pkt_terms(student.double(), teacher.double()) if name == "pkt" else 0
+    check(ours, formula, student, teacher, eps=1e-5 if name == "dc" else 1e-6, scale=terms)
+
+
 # --- what has no direction
 
 
@@ -426,7 +519,7 @@ def test_dc_of_layers_is_their_mean() -> None:
 
 def test_picks_are_different_and_fair() -> None:
     draw = torch.Generator().manual_seed(1)
-    picks = losses._picks(5, 60_000, 3, draw, torch.device("cpu"))
+    picks = comparative._picks(5, 60_000, 3, draw, torch.device("cpu"))
     assert picks.min() == 0
     assert picks.max() == 4
     assert (picks.sort(1).values.diff(dim=1) > 0).all()
@@ -517,6 +610,51 @@ def test_torch_func_grad(name: str) -> None:
     torch.testing.assert_close(found, slope)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_vmap(name: str) -> None:
+    """Of a stack of batches: the same as one after the other, with gradients or without."""
+    ours = PAIRS[name][0]
+    batches = [features(8, (5,), (4,), torch.float32) for _ in range(3)]
+    students, teachers = (torch.stack(side) for side in zip(*batches, strict=True))
+    values, slopes = zip(*(gradient(ours, s, t) for s, t in batches), strict=True)
+    expected, slope = torch.stack(values), torch.stack(slopes)
+    torch.testing.assert_close(torch.func.vmap(ours)(students, teachers), expected)
+    found = torch.func.vmap(torch.func.grad(lambda s, t: 3 * ours(s, t)))(students, teachers)
+    torch.testing.assert_close(found, slope)
+    leaf = students.clone().requires_grad_(True)
+    (found,) = torch.autograd.grad(3 * torch.func.vmap(ours)(leaf, teachers).sum(), leaf)
+    torch.testing.assert_close(found, slope)
+    found = torch.func.vmap(torch.func.grad(ours), in_dims=(0, None))(students, teachers[0])
+    torch.testing.assert_close(3 * found[0], slope[0])
+    found = torch.func.vmap(torch.func.grad(ours), in_dims=(None, 0))(students[0], teachers)
+    torch.testing.assert_close(3 * found[0], slope[0])
+
+
+def test_vmap_over_layers_of_distances() -> None:
+    student, teacher = features(8, (5,), (4,), torch.float32)
+    layers = torch.func.vmap(lambda s, t: losses.dc_loss([s, t], [t, t]))
+    found = layers(torch.stack([student] * 2), torch.stack([teacher] * 2))
+    torch.testing.assert_close(found[1], losses.dc_loss([student, teacher], [teacher, teacher]))
+
+
+@pytest.mark.parametrize("name", ["sp", "cc", "pkt", "rkd", "dc", "ckd"])
+def test_autocast_and_checkpoints(name: str) -> None:
+    student, teacher = features(8, (5,), (5,), torch.float32)
+    ours = CKD(8).ours if name == "ckd" else PAIRS[name][0]
+    expected, slope = gradient(ours, student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, grad = gradient(ours, student, teacher)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grad, slope, rtol=0, atol=0)
+
+    def kept(s: Tensor, t: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(ours, s, t, use_reentrant=False)
+
+    found, grad = gradient(kept, student, teacher)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grad, slope, rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own, of autograd.Function
 @pytest.mark.parametrize("name", ["sp", "cc", "pkt", "rkd", "dc", "ckd"])
 def test_compiles_as_one_graph(name: str) -> None:
@@ -562,6 +700,17 @@ def test_what_is_timed_is_the_same_loss(name: str) -> None:
         case.variants[variant]()
     assert ours.inputs[0].grad is None
     assert set(case.notes()) == {"eager", "ours"}
+
+
+def test_modules_show_every_option() -> None:
+    shown = {
+        losses.CCLoss(gamma=0.5): ["kernel='gaussian'", "gamma=0.5", "order=2"],
+        losses.RKDLoss(): ["distance_weight=25.0", "angle_weight=50.0"],
+        losses.DCLoss(normalize_rows=False): ["normalize_rows=False"],
+        losses.CKDLoss(): ["relations=None", "positives=2", "negatives=1", "generator=None"],
+    }
+    for module, options in shown.items():
+        assert all(option in repr(module) for option in options), module
 
 
 # --- wrong input
@@ -728,7 +877,7 @@ def wrong() -> Iterator[tuple[str, Callable[[], Any], type[Exception], str]]:
             "ckd labels",
             lambda: losses.ckd_loss(Z, Z, torch.arange(4)),
             ValueError,
-            r"labels: expected \[5\] to match student_logits \[5, 6\], got \[4\]",
+            r"labels: expected \[5\], one for each row of student_logits \[5, 6\], got \[4\]",
         ),
         (
             "ckd labels dtype",
@@ -740,7 +889,7 @@ def wrong() -> Iterator[tuple[str, Callable[[], Any], type[Exception], str]]:
             "ckd labels type",
             lambda: losses.ckd_loss(Z, Z, [0] * 5),  # type: ignore[arg-type]
             TypeError,
-            "labels: expected a Tensor or None, got list",
+            "labels: expected a Tensor, got list",
         ),
         (
             "ckd label too high",
@@ -753,6 +902,42 @@ def wrong() -> Iterator[tuple[str, Callable[[], Any], type[Exception], str]]:
             lambda: losses.ckd_loss(Z, Z, torch.full((5,), -100)),
             ValueError,
             "labels: expected classes from 0 to 5, got -100",
+        ),
+        (
+            "CCLoss kernel",
+            lambda: losses.CCLoss(kernel="rbf"),
+            ValueError,
+            "kernel: expected one of gaussian, bilinear, got 'rbf'",
+        ),
+        (
+            "CCLoss gamma",
+            lambda: losses.CCLoss(gamma="a"),  # type: ignore[arg-type]
+            TypeError,
+            "gamma: expected a number, got str",
+        ),
+        (
+            "RKDLoss",
+            lambda: losses.RKDLoss(angle_weight=-1),
+            ValueError,
+            "angle_weight: expected a finite number of at least 0, got -1",
+        ),
+        (
+            "DCLoss",
+            lambda: losses.DCLoss(normalize_rows="no"),  # type: ignore[arg-type]
+            TypeError,
+            "normalize_rows: expected a bool, got str",
+        ),
+        (
+            "CKDLoss",
+            lambda: losses.CKDLoss(temperature=0),
+            ValueError,
+            "temperature: expected a finite number above 0, got 0",
+        ),
+        (
+            "CKDLoss generator",
+            lambda: losses.CKDLoss(generator=5),  # type: ignore[arg-type]
+            TypeError,
+            "generator: expected a torch.Generator or None, got int",
         ),
     ):
         yield case, call, kind, text

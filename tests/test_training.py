@@ -258,12 +258,12 @@ RECIPES: dict[str, Recipe] = {
     "at": features("features", "ATLoss", 1000 * SHORT, ["stage3"]),
     "vid": features("features", "VIDLoss", 1, ["stage3"], channels=True),
     # Published: 0.6 to 8.
-    "reviewkd": features("features", "ReviewKDLoss", 1, [*STAGES, "pool"], channels=True),
-    "sp": features("relations", "SPLoss", 3000 * SHORT, ["stage4"]),
+    "reviewkd": features("review", "ReviewKDLoss", 1, [*STAGES, "pool"], channels=True),
+    "sp": features("similarity", "SPLoss", 3000 * SHORT, ["stage4"]),
     "rkd": features("relations", "RKDLoss", 1 * SHORT, ["pool"]),
-    "cc": features("relations", "CCLoss", 0.02, ["pool"]),
-    "pkt": features("relations", "PKTLoss", 3e4 * SHORT, ["pool"]),
-    "ckd": logits("relations", "CKDLoss", 1, labels=True),
+    "cc": features("similarity", "CCLoss", 0.02, ["pool"]),
+    "pkt": features("similarity", "PKTLoss", 3e4 * SHORT, ["pool"]),
+    "ckd": logits("comparative", "CKDLoss", 1, labels=True),
     "catkd": cat(15 * SHORT),
     "catkd, normalised": cat(600 * SHORT, normalize=True, pool=4),
     # The published 400 is for maps alone, without cross-entropy.

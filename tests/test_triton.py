@@ -92,6 +92,26 @@ def divergence_of(
     return options["alpha"] * target + beta * rest
 
 
+def dist_of(student: Tensor, teacher: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """Of softened logits [rows, classes], row i counted weight_i times; differentiable."""
+
+    def rho(u: Tensor, v: Tensor, w: Tensor, dim: int) -> Tensor:
+        def norm(x: Tensor) -> Tensor:
+            square = (w * x * x).sum(dim)
+            # Kept off the square root's pole, where autograd would find 0 / 0.
+            return torch.where(square > 0, square.where(square > 0, 1.0).sqrt(), 0.0)
+
+        return (w * u * v).sum(dim) / (norm(u) * norm(v) + 1e-8)
+
+    q, p = student.softmax(1), teacher.softmax(1)
+    classes, total, w = q.shape[1], weight.sum(), weight[:, None]
+    of_rows = rho(q - 1 / classes, p - 1 / classes, torch.ones_like(w), 1)
+    mean_q, mean_p = (w * q).sum(0) / total, (w * p).sum(0) / total
+    of_columns = rho(q - mean_q, p - mean_p, w, 0)
+    inter, intra = 1 - (weight * of_rows).sum() / total, 1 - of_columns.mean()
+    return options["alpha"] * inter + options["beta"] * intra
+
+
 def oracle_parts(
     student: Tensor, teacher: Tensor, labels: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -119,9 +139,17 @@ def oracle_parts(
             reduction="none",
         )
         hard = options["ce_weight"] * on_row.to(dtype) * hard
+    scale = options["kd_weight"] * temperature**2
+    if options["divergence"] == "dist" and options["kd_weight"] != 0:
+        # A mean of its own: there is nothing of a row to return.
+        value = s.new_zeros(())
+        if on_row.sum() > 0:
+            value = dist_of(s / temperature, t / temperature, on_row.to(dtype), options)
+        hard = hard.sum() / on_label.sum().to(dtype) if on_label.sum() > 0 else 0 * hard.sum()
+        return hard, scale * value
     if options["kd_weight"] != 0 and len(keep):
         soft = divergence_of(s / temperature, t / temperature, y, options)
-        soft = options["kd_weight"] * temperature**2 * on_row.to(dtype) * soft
+        soft = scale * on_row.to(dtype) * soft
     if options["reduction"] == "none":
         place = student.new_zeros(rows)
         return place.index_add(0, keep, hard), place.index_add(0, keep, soft)
@@ -202,8 +230,8 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel itself, on the device of this process."""
     from fastxkd._triton import kd_loss as kernels
-    from fastxkd.ops.kd_loss import DIVERGENCES as codes
-    from fastxkd.ops.kd_loss import REDUCTIONS
+    from fastxkd.ops._logits import DIVERGENCES as codes
+    from fastxkd.ops._logits import REDUCTIONS
 
     def there(value: Any) -> Any:
         return value.to(DEVICE) if isinstance(value, Tensor) else value
@@ -253,16 +281,21 @@ def check(
     assert grad.is_contiguous()
 
     true_loss, true_parts, true_grad = oracle(student.double(), teacher.double(), labels, options)
-    eager_loss, eager_parts, eager_grad = oracle(student, teacher, labels, options)
+    half = student.dtype in (torch.bfloat16, torch.float16)
+    # In float16 eager's squares underflow to 0 / 0: DIST is held to float32's error.
+    narrow = student.float() if half and options["divergence"] == "dist" else student
+    eager_loss, eager_parts, eager_grad = oracle(narrow, teacher, labels, options)
     assert (loss.shape, parts.shape) == (true_loss.shape, true_parts.shape)
     eps = 1e-12 if double else 1e-6
-    # Errors of single rows, in quadrature: in eager's own sum they may cancel by luck.
-    by_row = options | {"reduction": "none"}
-    rows_true = sum(oracle_parts(student.double(), teacher.double(), labels, by_row))
-    rows_eager = sum(oracle_parts(student, teacher, labels, by_row))
-    luckless = (rows_eager.double() - rows_true).norm()
-    if options["reduction"] == "batchmean":
-        luckless /= student.shape[0]
+    luckless = torch.zeros(())
+    if options["divergence"] != "dist":
+        # Errors of single rows, in quadrature: in eager's own sum they may cancel by luck.
+        by_row = options | {"reduction": "none"}
+        rows_true = sum(oracle_parts(student.double(), teacher.double(), labels, by_row))
+        rows_eager = sum(oracle_parts(student, teacher, labels, by_row))
+        luckless = (rows_eager.double() - rows_true).norm()
+        if options["reduction"] == "batchmean":
+            luckless /= student.shape[0]
     for ours, true, eager in (
         (loss, true_loss, eager_loss),
         (parts, true_parts, eager_parts),
@@ -277,7 +310,7 @@ def check(
     norm = max(true_grad.norm(), 0.1 * terms)
     off = (grad.double() - true_grad).norm()
     limit = (eager_grad.double() - true_grad).norm() + eps * norm
-    if student.dtype in (torch.bfloat16, torch.float16):
+    if half:
         stored = true_grad.to(student.dtype).double()
         if DEVICE == "cpu" and student.dtype == torch.bfloat16:
             stored = truncated(true_grad)
@@ -286,17 +319,23 @@ def check(
     return loss, parts, grad
 
 
-def every_divergence(how: dict[str, Any], shape: tuple[int, int], **changes: Any) -> None:
+def every_divergence(
+    how: dict[str, Any],
+    shape: tuple[int, int],
+    divergences: tuple[str, ...] = DIVERGENCES,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+    **changes: Any,
+) -> None:
     """On both kernels: the looped one in blocks far smaller than it has, for its turns."""
-    from fastxkd._triton import kd_loss as kernels
+    from fastxkd._triton import plan
 
-    usual = kernels.ON_CHIP, kernels.LOOPED_BLOCK
+    usual = plan.ON_CHIP, plan.LOOPED_BLOCK
     for looped in (False, True):
         if looped:
-            kernels.ON_CHIP, kernels.LOOPED_BLOCK = {4: 0, 8: 0}, {4: 32, 8: 16}
+            plan.ON_CHIP, plan.LOOPED_BLOCK = {4: 0, 8: 0}, {4: 32, 8: 16}
         try:
-            for divergence in DIVERGENCES:
-                for dtype in (torch.float32, torch.float64):
+            for divergence in divergences:
+                for dtype in dtypes:
                     given = logits(*shape, dtype, **how)
                     try:
                         check(*given, divergence=divergence, **changes)
@@ -304,7 +343,7 @@ def every_divergence(how: dict[str, Any], shape: tuple[int, int], **changes: Any
                         name = "looped" if looped else "on chip"
                         raise AssertionError(f"{name}, {divergence}, {dtype}: {error}") from error
         finally:
-            kernels.ON_CHIP, kernels.LOOPED_BLOCK = usual
+            plan.ON_CHIP, plan.LOOPED_BLOCK = usual
 
 
 CASES: dict[str, Callable[[], None]] = {}
@@ -649,13 +688,178 @@ def _through_the_public_function() -> None:
                 chosen = {"divergence": divergence, "reduction": reduction, "ce_weight": 0.3}
                 upstream = torch.rand(9 if reduction == "none" else ()) + 0.5
                 leaf = there[0].clone().requires_grad_(True)
-                loss = fastxkd.kd_loss(leaf, *there[1:], beta=0.5, **chosen)
+                loss = fastxkd.kd_loss(leaf, *there[1:], beta=0.5, kd_weight=0.9, **chosen)
                 loss.backward(upstream.to(DEVICE))
-                exact = student.double().requires_grad_(True)
-                true = sum(oracle_parts(exact, teacher.double(), labels, DEFAULTS | chosen))
-                true.backward(upstream.double())
-                for ours, oracles in ((loss.detach(), true.detach()), (leaf.grad, exact.grad)):
-                    torch.testing.assert_close(ours.cpu().double(), oracles, rtol=1e-5, atol=1e-6)
+                # The bits that the kernels give, which are held to the oracle here as well.
+                kernel_loss, _, grad = check(student, teacher, labels, **chosen)
+                assert torch.equal(loss.detach().cpu(), kernel_loss)
+                factor = upstream[:, None] if upstream.dim() else upstream
+                assert torch.equal(leaf.grad.cpu(), grad * factor)
+
+
+# --- DIST, whose columns tie all rows together
+
+
+dist_on_both = partial(every_divergence, divergences=("dist",))
+EXTREMES = {"scale": 1e-4}, {"scale": 10.0}, {"peak": 30.0}, {"peak": -30.0}, {"offset": 100.0}
+DIST_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{f"T={t}": ({"ignored": 0.3}, {"temperature": t}) for t in (1.0, 2.5)},
+    **{str(how): (how, {"temperature": t}) for how in EXTREMES for t in (1.0, 4.0)},
+    "only rows": ({}, {"beta": 0.0}),
+    "only columns": ({}, {"alpha": 0.0}),
+    "only hard": ({}, {"kd_weight": 0.0}),
+    "only soft": ({}, {"ce_weight": 0.0}),
+    "near-uniform, only columns": ({"scale": 1e-4}, {"alpha": 0.0, "ce_weight": 0.0}),
+    "masked in both": ({"mask": "both"}, {}),
+    "masked in teacher": ({"mask": "teacher"}, {"temperature": 2.0}),
+    "ignore_index is a class": ({}, {"ignore_index": 1}),
+    "row weight": ({"ignored": 0.3}, {"row_weight": ROW_WEIGHTS}),
+    "all weights and smoothing": (
+        {"ignored": 0.3},
+        {"class_weight": WEIGHTS, "row_weight": ROW_WEIGHTS / 3, "label_smoothing": 0.2},
+    ),
+    "all weights and smoothing, T=2.5": (
+        {},
+        {
+            "class_weight": WEIGHTS.double(),
+            "row_weight": ROW_WEIGHTS.double(),
+            "label_smoothing": 0.2,
+            "temperature": 2.5,
+        },
+    ),
+}
+for _name, (_how, _changes) in DIST_OPTIONS.items():
+    if _how.get("scale", 1.0) < 1:
+        # Of near-uniform probabilities in float64 the oracle knows no more digits than the kernel.
+        _changes["dtypes"] = (torch.float32,)
+    CASES[f"dist, {_name}"] = partial(dist_on_both, _how, (9, 33), **_changes)
+for _shape in (*((9, c) for c in (1, 2, 3, 7, 100, 1025)), (1, 33), (2, 5003), (70, 40)):
+    for _dtype in DTYPES[:1] if _shape[1] == 5003 else DTYPES:
+        _name = f"dist, {_shape[0]} x {_shape[1]}, {str(_dtype)[6:]}"
+        CASES[_name] = partial(_matches, _shape, _dtype, "dist")
+
+
+@case
+def _dist_of_several_runs() -> None:
+    """Column moments come in runs of rows and blocks of columns, put together in tiles of runs."""
+    from fastxkd._triton import plan
+
+    usual = plan.DOWN_BLOCK, plan.FINISH, plan.device_of
+    for processors, finish in ((1, (16, 32)), (2, (2, 8)), (8, (4, 16))):
+        plan.DOWN_BLOCK = {4: 16, 8: 16}
+        try:
+            _with_device(processors, finish)
+        finally:
+            plan.DOWN_BLOCK, plan.FINISH, plan.device_of = usual
+
+
+def _with_device(processors: int, finish: tuple[int, int]) -> None:
+    from fastxkd._triton import dist, kd_loss, plan
+
+    usual = dist.FINISH, kd_loss.device_of
+    dist.FINISH = finish
+    kd_loss.device_of = lambda tensor: plan.Device(processors, 32, True)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            given = logits(70, 40, dtype, ignored=0.2)
+            check(*given, divergence="dist", row_weight=torch.rand(70))
+    finally:
+        dist.FINISH, kd_loss.device_of = usual
+
+
+@case
+def _dist_ignored_rows_and_rows_without_weight_may_hold_anything() -> None:
+    student, teacher, labels = logits(12, 33, ignored=0.4)
+    weight = torch.rand(12)
+    weight[labels != IGNORE] += 0.1
+    weight[(labels != IGNORE).nonzero()[0]] = 0.0
+    gone = (labels == IGNORE) | (weight == 0)
+    options = DEFAULTS | {"divergence": "dist", "row_weight": weight}
+    clean = check(student, teacher, labels, divergence="dist", row_weight=weight)
+    student[gone], teacher[gone] = NAN, INF
+    dirty = run(student, teacher, labels, options)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert not dirty[2][gone].any()
+
+
+@case
+def _dist_without_weight_is_0() -> None:
+    nothing = torch.full((4, 6), NAN)
+    options = DEFAULTS | {"divergence": "dist"}
+    for result in run(nothing, nothing, torch.full((4,), IGNORE), options):
+        assert not result.any()
+    options["row_weight"] = torch.zeros(9)
+    for result in run(*logits(9, 33), options):
+        assert not result.any()
+
+
+@case
+def _dist_has_no_gradient_without_spread() -> None:
+    """Equal rows: no column has spread, and 1 / EPS must not make one of rounding."""
+    student, teacher, _ = logits(1, 33)
+    for dtype in (torch.float32, torch.float64):
+        for rows in (1, 3, 9):
+            weight = ROW_WEIGHTS[:rows] / 3
+            given = (student.expand(rows, 33).to(dtype), teacher.expand(rows, 33).to(dtype))
+            options = DEFAULTS | {"divergence": "dist", "alpha": 0.0, "ce_weight": 0.0}
+            loss, _, grad = run(*given, None, options | {"row_weight": weight})
+            torch.testing.assert_close(loss, 0.5 * 0.9 * 16 * torch.ones_like(loss))
+            assert grad.abs().max() < 1e-9
+    flat = torch.zeros(9, 33)
+    grad = run(flat, logits(9, 33)[1], None, DEFAULTS | {"divergence": "dist"})[2]
+    true = oracle(flat.double(), logits(9, 33)[1].double(), None, DEFAULTS | {"divergence": "dist"})
+    assert (grad - true[2]).norm() <= 1e-6 * true[2].norm()
+
+
+@case
+def _dist_bad_value_makes_everything_NaN() -> None:
+    """Every row has a share in every column."""
+    for spoil in (
+        lambda s, t, y: s[3].__setitem__(5, NAN),
+        lambda s, t, y: s[3].__setitem__(5, INF),
+        lambda s, t, y: t[3].__setitem__(5, NAN),
+        lambda s, t, y: s[3].fill_(-INF),
+        lambda s, t, y: y.__setitem__(3, 33),
+        lambda s, t, y: y.__setitem__(3, 2**40),
+    ):
+        student, teacher, labels = logits(8, 33)
+        spoil(student, teacher, labels)
+        loss, _, grad = run(student, teacher, labels, DEFAULTS | {"divergence": "dist"})
+        assert loss.isnan()
+        assert grad.isnan().all()
+
+
+@case
+def _dist_layouts_bounds_and_bits() -> None:
+    for shape in ((7, 33), (7, 64)):
+        rows, classes = shape
+        student, teacher, labels = logits(*shape)
+        options = DEFAULTS | {"divergence": "dist"}
+        expected = run(student, teacher, labels, options)
+        around = torch.full((2, rows * classes + 8192), NAN)
+        around[0, 4096:-4096], around[1, 4096:-4096] = student.flatten(), teacher.flatten()
+        inner = [z[4096:-4096].view(shape) for z in around]
+        wide = torch.full((rows, classes + 17), NAN)
+        wide[:, 3 : 3 + classes] = student
+        for s, t in (
+            (student, teacher),
+            (inner[0], inner[1]),
+            (wide[:, 3 : 3 + classes], teacher.T.contiguous().T),
+            (torch.stack([student, -student], 2).flatten(1)[:, ::2], teacher),
+        ):
+            found = run(s, t, labels, options)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        loss, parts, grad = run(student, teacher, labels, options, need_grad=False)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(parts, expected[1])
+        assert grad.numel() == 0
+
+
+@case
+def _dist_teacher_of_a_wider_dtype() -> None:
+    for narrow in (torch.bfloat16, torch.float16):
+        student, _, labels = logits(9, 33, narrow)
+        check(student, logits(9, 33)[1], labels, divergence="dist")
 
 
 # --- the two processes

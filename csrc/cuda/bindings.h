@@ -18,7 +18,7 @@ T* pointer(Address a) {
 }
 
 // After what belongs to the launch, the argument list of the C++ kernels (bindings.cpp).
-inline int64_t bound_kd_loss(int device, Address stream, Address ticket, Address row_losses,
+inline int64_t bound_kd_loss(int device, Address stream, Address ticket, Address scratch,
                              Address student, Address teacher, Address labels, Address class_weight,
                              Address row_weight, Address teacher_indices, Address grad,
                              Address loss, Address parts, int64_t rows, int64_t classes,
@@ -59,8 +59,7 @@ inline int64_t bound_kd_loss(int device, Address stream, Address ticket, Address
   a.dtype = dtype;
   a.teacher_dtype = teacher_dtype;
   pybind11::gil_scoped_release release;
-  return kd_loss(a, device, pointer<void>(stream), pointer<int>(ticket),
-                 pointer<double>(row_losses));
+  return kd_loss(a, device, pointer<void>(stream), pointer<int>(ticket), pointer<double>(scratch));
 }
 
 inline void bound_kd_loss_scale(int device, Address stream, Address grad, Address upstream,
@@ -72,6 +71,7 @@ inline void bound_kd_loss_scale(int device, Address stream, Address grad, Addres
 
 inline void bind_operators(pybind11::module_& m) {
   m.def("kd_loss", &bound_kd_loss);
+  m.def("kd_loss_workspace", &kd_loss_workspace);
   m.def("kd_loss_scale", &bound_kd_loss_scale);
 }
 

@@ -190,7 +190,7 @@ struct Warp {
   }
 };
 
-constexpr int kMostWarps = 32, kMostValues = 4;
+constexpr int kMostWarps = 32;
 
 struct Block {
   int turn = 0;
@@ -198,12 +198,11 @@ struct Block {
   __device__ __forceinline__ int size() const { return (int)blockDim.x; }
   template <class Op, int kCount, class F>
   __device__ __forceinline__ void all(F (&v)[kCount]) {
-    static_assert(kCount <= kMostValues, "room for that many");
     Warp warp;
     warp.all<Op>(v);
     // Two places in turn: whoever writes one has passed the barrier of the other, and with it
     // everybody's reading of this one.
-    using Space = F[2][kMostValues][kMostWarps];
+    using Space = F[2][kCount][kMostWarps];
     FXK_SHARED(Space, space);
     auto& place = space[turn];
     turn ^= 1;

@@ -1,9 +1,12 @@
 """Distillation losses: a function and a module each."""
 
+from fastxkd.losses.comparative import CKDLoss, ckd_loss
 from fastxkd.losses.dist import DISTLoss, dist_loss
 from fastxkd.losses.explanations import (
     CATKDLoss,
+    CATKDOutput,
     E2KDLoss,
+    E2KDOutput,
     catkd_loss,
     class_activations,
     e2kd_loss,
@@ -11,46 +14,44 @@ from fastxkd.losses.explanations import (
 from fastxkd.losses.features import (
     ATLoss,
     FitNetLoss,
-    ReviewKDLoss,
     VIDLoss,
     at_loss,
     fitnet_loss,
-    hcl_loss,
     vid_loss,
 )
-from fastxkd.losses.inputs import KDIGALoss, MixKDLoss, kdiga_loss, mixkd_loss
+from fastxkd.losses.inputs import (
+    KDIGALoss,
+    KDIGAParts,
+    MixKDLoss,
+    MixKDParts,
+    kdiga_loss,
+    mixkd_loss,
+)
 from fastxkd.losses.linear import LinearKDLoss, linear_kd_loss
 from fastxkd.losses.logits import DKDLoss, KDLoss, KDLossParts, dkd_loss, kd_loss
-from fastxkd.losses.relations import (
-    CCLoss,
-    CKDLoss,
-    DCLoss,
-    PKTLoss,
-    RKDLoss,
-    SPLoss,
-    cc_loss,
-    ckd_loss,
-    dc_loss,
-    pkt_loss,
-    rkd_loss,
-    sp_loss,
-)
+from fastxkd.losses.relations import DCLoss, RKDLoss, dc_loss, rkd_loss
+from fastxkd.losses.review import ReviewKDLoss, hcl_loss
+from fastxkd.losses.similarity import CCLoss, PKTLoss, SPLoss, cc_loss, pkt_loss, sp_loss
 
 __all__ = [
     "ATLoss",
     "CATKDLoss",
+    "CATKDOutput",
     "CCLoss",
     "CKDLoss",
     "DCLoss",
     "DISTLoss",
     "DKDLoss",
     "E2KDLoss",
+    "E2KDOutput",
     "FitNetLoss",
     "KDIGALoss",
+    "KDIGAParts",
     "KDLoss",
     "KDLossParts",
     "LinearKDLoss",
     "MixKDLoss",
+    "MixKDParts",
     "PKTLoss",
     "RKDLoss",
     "ReviewKDLoss",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Sequence
 
-from fastxkd.losses.logits import KDLossParts
-from fastxkd.ops.dist_loss import dist_parts
-from fastxkd.ops.kd_loss import check_logits
+from torch import Tensor
+
+from fastxkd.losses._criterion import Criterion
+from fastxkd.ops._logits import check_options
+from fastxkd.ops.kd_loss import KDLossParts, loss_of_logits
 
 __all__ = ["DISTLoss", "dist_loss"]
 
 
 def dist_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     temperature: float = 4.0,
@@ -24,6 +26,10 @@ def dist_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    teacher_form: str = "logits",
+    teacher_indices: Tensor | Sequence[Tensor] | None = None,
+    teacher_weights: Sequence[float] | None = None,
     return_parts: bool = False,
 ) -> Tensor | KDLossParts:
     r"""Correlation with the teacher along classes and along samples (Huang et al., NeurIPS 2022).
@@ -39,21 +45,24 @@ def dist_loss(
 
     Args:
         student_logits: ``[..., classes]`` with at least two dimensions; any float dtype.
-        teacher_logits: the same shape and dtype, without gradient.
+        teacher_logits: the same shape, without gradient, or a list of them; see
+            :func:`fastxkd.kd_loss`.
         labels: int64 ``[...]``; without them the hard part is 0.
-        temperature: T, above 0.
+        temperature: T, from 1e-6 to 1e6.
         ce_weight, kd_weight: factors of the cross-entropy and of ``T^2`` times the correlations.
-        inter_weight, intra_weight: w1 and w2; a part of weight 0 is not computed.
+        inter_weight, intra_weight: w1 and w2.
         ignore_index: rows with this label count in no part, the columns' correlations included.
         label_smoothing, class_weight: of the cross-entropy, as in :func:`fastxkd.kd_loss`.
+        row_weight: ``[...]``, at least 0: how often a row counts, in every mean and correlation.
+        teacher_form, teacher_indices, teacher_weights: as in :func:`fastxkd.kd_loss`.
         return_parts: return :class:`KDLossParts` instead of the loss alone.
 
     Returns:
-        A scalar, float32 (float64 for float64 logits). The mean ties a batch together: there is no
-        other reduction. Rows or columns without spread correlate with nothing: 0.
+        A scalar, float32 (float64 for float64 logits). The columns tie a batch together: there is
+        no other reduction. Rows or columns without spread correlate with nothing: 0.
 
     Raises:
-        ValueError, TypeError: as :func:`fastxkd.kd_loss`, and for a negative weight.
+        ValueError, TypeError, RuntimeError: as :func:`fastxkd.kd_loss`.
 
     >>> import torch
     >>> student = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.0]])
@@ -61,37 +70,30 @@ def dist_loss(
     >>> round(dist_loss(student, teacher, torch.tensor([0, 1]), temperature=1.0).item(), 4)
     1.0649
     """
-    for name, value in (("inter_weight", inter_weight), ("intra_weight", intra_weight)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    check_logits(
+    return loss_of_logits(
         student_logits,
         teacher_logits,
         labels,
         temperature=temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,
+        divergence="dist",
+        alpha=inter_weight,
+        beta=intra_weight,
+        ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         class_weight=class_weight,
+        row_weight=row_weight,
+        teacher_form=teacher_form,
+        teacher_indices=teacher_indices,
+        teacher_weights=teacher_weights,
+        reduction="batchmean",
+        return_parts=return_parts,
+        offered=("dist",),
     )
-    classes = student_logits.shape[-1]
-    scale = kd_weight * temperature**2
-    loss, parts = dist_parts(
-        student_logits.reshape(-1, classes),
-        teacher_logits.reshape(-1, classes),
-        None if labels is None else labels.reshape(-1),
-        class_weight,
-        float(temperature),
-        float(ce_weight),
-        float(scale * inter_weight),
-        float(scale * intra_weight),
-        ignore_index,
-        float(label_smoothing),
-    )
-    return KDLossParts(loss, parts[0], parts[1]) if return_parts else loss
 
 
-class DISTLoss(nn.Module):
+class DISTLoss(Criterion):
     """:func:`dist_loss` as a module: ``criterion(student_logits, teacher_logits, labels)``.
 
     >>> import torch
@@ -99,8 +101,6 @@ class DISTLoss(nn.Module):
     >>> round(DISTLoss()(logits, logits, torch.tensor([0, 1, 2])).item(), 4)
     0.5516
     """
-
-    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -113,40 +113,51 @@ class DISTLoss(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
+        teacher_form: str = "logits",
+        teacher_weights: Sequence[float] | None = None,
         return_parts: bool = False,
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
-        self.inter_weight = inter_weight
-        self.intra_weight = intra_weight
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.register_buffer("class_weight", class_weight)
-        self.return_parts = return_parts
+        check_options(
+            temperature,
+            ce_weight,
+            kd_weight,
+            "dist",
+            inter_weight,
+            intra_weight,
+            ignore_index,
+            label_smoothing,
+            teacher_form,
+            "batchmean",
+            offered=("dist",),
+        )
+        super().__init__(
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            inter_weight=inter_weight,
+            intra_weight=intra_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            teacher_form=teacher_form,
+            teacher_weights=teacher_weights,
+            return_parts=return_parts,
+        )
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Sequence[Tensor],
+        labels: Tensor | None = None,
+        *,
+        row_weight: Tensor | None = None,
+        teacher_indices: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | KDLossParts:
         return dist_loss(
             student_logits,
             teacher_logits,
             labels,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
-            inter_weight=self.inter_weight,
-            intra_weight=self.intra_weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            class_weight=self.class_weight,
-            return_parts=self.return_parts,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, ce_weight={self.ce_weight},"
-            f" kd_weight={self.kd_weight}, inter_weight={self.inter_weight},"
-            f" intra_weight={self.intra_weight}"
+            row_weight=row_weight,
+            teacher_indices=teacher_indices,
+            **self.options(),
         )

@@ -17,7 +17,30 @@ from fastxkd.cam.gradient import (
     LayerCAM,
     XGradCAM,
 )
-from fastxkd.losses.logits import kd_loss
+from fastxkd.losses._checks import (
+    check_choice,
+    check_counts,
+    check_factors,
+    check_flags,
+    check_float,
+    check_guidance,
+    check_logits,
+    check_positive,
+)
+from fastxkd.losses._criterion import Criterion
+from fastxkd.losses._soft import soft_loss
+from fastxkd.ops._library import exact_dtype
+from fastxkd.ops._rows import unit_rows
+
+__all__ = [
+    "CATKDLoss",
+    "CATKDOutput",
+    "E2KDLoss",
+    "E2KDOutput",
+    "catkd_loss",
+    "class_activations",
+    "e2kd_loss",
+]
 
 EXPLAINERS: dict[str, type[GradientCAM]] = {
     explainer.method: explainer
@@ -62,8 +85,8 @@ def class_activations(activations: Tensor, weight: Tensor, bias: Tensor | None =
         bias: ``[classes]``.
 
     Returns:
-        ``[n, classes, h, w]``, differentiable in all three; float32 (float64 for float64
-        activations).
+        ``[n, classes, h, w]``, differentiable in all three; float64 if activations or weight are
+        float64, else float32.
 
     Raises:
         ValueError, TypeError: shapes that do not fit, something else than floating-point tensors.
@@ -77,12 +100,8 @@ def class_activations(activations: Tensor, weight: Tensor, bias: Tensor | None =
     _check_maps("activations", activations)
     channels = activations.shape[1]
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+        if tensor is not None:
+            check_float(name, tensor)
     fits = weight.dim() in (2, 4) and weight.shape[1] == weight.shape[1:].numel() == channels
     if not fits:
         raise ValueError(
@@ -93,7 +112,7 @@ def class_activations(activations: Tensor, weight: Tensor, bias: Tensor | None =
         raise ValueError(
             f"bias: expected one value per class, [{len(weight)}], got {list(bias.shape)}"
         )
-    exact = _exact_dtype(activations)
+    exact = exact_dtype(activations, weight)
     # Autocast would round the products to 16 bits.
     with torch.autocast(activations.device.type, enabled=False):
         return F.conv2d(
@@ -136,7 +155,7 @@ def catkd_loss(
         teacher_logits: ``[n, classes]`` to rank by; without them, the means of the teacher's maps.
 
     Returns:
-        A scalar, float32 (float64 for float64 student maps).
+        A scalar, float64 if one side is float64, else float32.
 
     Raises:
         ValueError, TypeError: tensors or options that do not fit, a teacher that requires grad.
@@ -149,7 +168,7 @@ def catkd_loss(
     """
     _check_maps("student_cams", student_cams)
     _check_maps("teacher_cams", teacher_cams)
-    _check_options(pool, top, bottom)
+    _check_options(pool, normalize, binarize, top, bottom)
     same = slice(2) if pool is not None else slice(4)
     if student_cams.shape[same] != teacher_cams.shape[same]:
         what = "images and classes" if pool is not None else "shape (pool=None)"
@@ -157,17 +176,19 @@ def catkd_loss(
             f"teacher_cams: expected the {what} of student_cams {list(student_cams.shape)},"
             f" got {list(teacher_cams.shape)}"
         )
-    _check_guidance("teacher_cams", teacher_cams, student_cams)
+    check_guidance(("student_cams", "teacher_cams"), student_cams, teacher_cams)
     classes = student_cams.shape[1]
     for name, count in (("top", top), ("bottom", bottom)):
         if count is not None and count > classes:
             raise ValueError(f"{name}: expected at most the {classes} classes, got {count}")
-    if teacher_logits is not None and teacher_logits.shape != student_cams.shape[:2]:
-        raise ValueError(
-            f"teacher_logits: expected {list(student_cams.shape[:2])} to match student_cams"
-            f" {list(student_cams.shape)}, got {list(teacher_logits.shape)}"
-        )
-    exact = _exact_dtype(student_cams)
+    if teacher_logits is not None:
+        check_float("teacher_logits", teacher_logits)
+        if teacher_logits.shape != student_cams.shape[:2]:
+            raise ValueError(
+                f"teacher_logits: expected {list(student_cams.shape[:2])} to match student_cams"
+                f" {list(student_cams.shape)}, got {list(teacher_logits.shape)}"
+            )
+    exact = exact_dtype(student_cams, teacher_cams)
     student, teacher = student_cams.to(exact), teacher_cams.to(exact)
     count = top or bottom
     if count is not None and count < classes:
@@ -179,11 +200,11 @@ def catkd_loss(
     if pool is not None:
         student, teacher = _pooled(student, pool), _pooled(teacher, pool)
     if normalize:
-        student, teacher = _unit(student.flatten(2)), _unit(teacher.flatten(2))
+        student, teacher = unit_rows(student.flatten(2)), unit_rows(teacher.flatten(2))
     return F.mse_loss(student, teacher)
 
 
-class CATKDLoss(nn.Module):
+class CATKDLoss(Criterion):
     """:func:`catkd_loss` of any two networks that end in global average pooling and a linear head.
 
     Runs both on a batch, reads their activations at a layer, and folds their own heads' weights
@@ -222,6 +243,9 @@ class CATKDLoss(nn.Module):
     (True, torch.Size([2, 10]))
     """
 
+    pool: int | None
+    binarize: bool
+
     def __init__(
         self,
         student: nn.Module,
@@ -237,15 +261,10 @@ class CATKDLoss(nn.Module):
         top: int | None = None,
         bottom: int | None = None,
     ) -> None:
-        super().__init__()
-        _check_options(pool, top, bottom)
+        _check_options(pool, normalize, binarize, top, bottom)
+        super().__init__(pool=pool, normalize=normalize, binarize=binarize, top=top, bottom=bottom)
         self._student = _Classifier(student, student_layer, student_head, "student")
         self._teacher = _Classifier(teacher, teacher_layer, teacher_head, "teacher")
-        self.pool = pool
-        self.normalize = normalize
-        self.binarize = binarize
-        self.top = top
-        self.bottom = bottom
         self._checked = False
 
     def forward(self, images: Tensor) -> CATKDOutput:
@@ -260,19 +279,9 @@ class CATKDLoss(nn.Module):
             )
         student_cams, student_logits = self._student(images, self.pool)
         loss = catkd_loss(
-            student_cams,
-            teacher_cams,
-            pool=self.pool,
-            normalize=self.normalize,
-            binarize=self.binarize,
-            top=self.top,
-            bottom=self.bottom,
-            teacher_logits=teacher_logits,
+            student_cams, teacher_cams, teacher_logits=teacher_logits, **self.options()
         )
         return CATKDOutput(loss, student_logits, teacher_logits)
-
-    def extra_repr(self) -> str:
-        return f"pool={self.pool}, normalize={self.normalize}, binarize={self.binarize}"
 
 
 class _Classifier:
@@ -302,7 +311,7 @@ class _Classifier:
                 f" got {list(activations.shape)} of {self.name!r}"
             )
         if pool is not None:
-            activations = _pooled(activations.to(_exact_dtype(activations)), pool)
+            activations = _pooled(activations.to(exact_dtype(activations)), pool)
         return class_activations(activations, weight, self.head.bias), logits  # type: ignore[arg-type]
 
     def check(self, images: Tensor) -> None:
@@ -338,7 +347,7 @@ def e2kd_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
         teacher_maps: the same shape, without gradient.
 
     Returns:
-        A scalar, float32 (float64 for float64 student maps).
+        A scalar, float64 if one side is float64, else float32.
 
     Raises:
         ValueError, TypeError: tensors that do not fit, a teacher that requires grad.
@@ -349,7 +358,7 @@ def e2kd_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
     0.5
     """
     for name, maps in (("student_maps", student_maps), ("teacher_maps", teacher_maps)):
-        _check_float(name, maps)
+        check_float(name, maps)
         if maps.dim() < 2 or maps.numel() == 0:
             raise ValueError(
                 f"{name}: expected [n, ...] with n > 0 and values in each, got {list(maps.shape)}"
@@ -359,13 +368,13 @@ def e2kd_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
             f"teacher_maps: expected the shape of student_maps {list(student_maps.shape)},"
             f" got {list(teacher_maps.shape)}"
         )
-    _check_guidance("teacher_maps", teacher_maps, student_maps)
-    exact = _exact_dtype(student_maps)
+    check_guidance(("student_maps", "teacher_maps"), student_maps, teacher_maps)
+    exact = exact_dtype(student_maps, teacher_maps)
     student, teacher = student_maps.to(exact).flatten(1), teacher_maps.to(exact).flatten(1)
-    return 1 - (_unit(student) * _unit(teacher)).sum(1).mean()
+    return 1 - (unit_rows(student) * unit_rows(teacher)).sum(1).mean()
 
 
-class E2KDLoss(nn.Module):
+class E2KDLoss(Criterion):
     r"""Explanation-enhanced distillation (Parchami-Araghi et al., ECCV 2024), in one call a step.
 
     .. math:: L = T^2 \cdot KL\big(\sigma(t / T) \,\|\, \sigma(s / T)\big)
@@ -413,6 +422,11 @@ class E2KDLoss(nn.Module):
     (True, True)
     """
 
+    temperature: float
+    weight: float
+    method: str
+    every: int
+
     def __init__(
         self,
         student: nn.Module,
@@ -425,12 +439,11 @@ class E2KDLoss(nn.Module):
         method: str = "gradcam",
         every: int = 1,
     ) -> None:
-        super().__init__()
-        if method not in EXPLAINERS:
-            raise ValueError(f"method: expected one of {', '.join(EXPLAINERS)}, got {method!r}")
-        _check_factor("weight", weight)
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every: expected a whole number of at least 1, got {every!r}")
+        check_positive(temperature=temperature)
+        check_factors(weight=weight)
+        check_choice("method", method, list(EXPLAINERS))
+        check_counts(every=every)
+        super().__init__(temperature=temperature, weight=weight, method=method, every=every)
         explainer = EXPLAINERS[method]
         # In tuples and explainers, neither model becomes a submodule.
         self._student = (student, resolve_layers(student, student_layer, "student_layer"))
@@ -443,10 +456,6 @@ class E2KDLoss(nn.Module):
             self._teacher_cam = explainer(
                 teacher, list(resolve_layers(teacher, teacher_layer, "teacher_layer"))
             )
-        self.temperature = temperature
-        self.weight = weight
-        self.method = method
-        self.every = every
         self.calls = 0
 
     def explain_teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -483,16 +492,9 @@ class E2KDLoss(nn.Module):
                 raise ValueError("teacher_logits: expected logits where there is no teacher")
             with torch.no_grad(), evaluating(self._teacher[0]):
                 teacher_logits = self._teacher[0](images)
-        _check_logits("teacher_logits", teacher_logits, images)
+        check_logits("teacher_logits", teacher_logits, images)
         maps, student_logits = self._run_student(images, teacher_logits.argmax(1), align)
-        kl = kd_loss(
-            student_logits,
-            teacher_logits.to(student_logits.dtype),
-            temperature=self.temperature,
-            ce_weight=0.0,
-            kd_weight=1.0,
-        )
-        assert isinstance(kl, Tensor)
+        kl = soft_loss(student_logits, teacher_logits, self.temperature)
         alignment = None
         loss = kl
         if maps is not None and teacher_maps is not None:
@@ -509,7 +511,7 @@ class E2KDLoss(nn.Module):
         model, layers = self._student
         if not align:
             logits = model(images)
-            _check_logits("student", logits, images)
+            check_logits("student", logits, images)
             return None, logits
         if not torch.is_grad_enabled():
             # Indices made in inference mode can be part of no graph, and the map needs one.
@@ -519,7 +521,7 @@ class E2KDLoss(nn.Module):
                 return cam(images, targets, normalize=None), cam.outputs
         with capture(model, list(layers)) as captured:
             logits = model(images)
-        _check_logits("student", logits, images)
+        check_logits("student", logits, images)
         maps = captured.cam(
             self.method,
             score=logits.gather(1, targets[:, None]).sum(),
@@ -535,41 +537,13 @@ class E2KDLoss(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.calls = state["calls"]
 
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, weight={self.weight}, method={self.method!r},"
-            f" every={self.every}"
-        )
-
-
-def _exact_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
 
 def _pooled(maps: Tensor, size: int) -> Tensor:
     return maps if maps.shape[2:] == (size, size) else F.adaptive_avg_pool2d(maps, size)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Rows over the last axis by their L2 norm; rows of zeros stay zeros and pass no gradient."""
-    # By the largest value first, so that squares neither vanish nor overflow. A norm of 1 does not
-    # depend on it, so no gradient is due to it.
-    largest = rows.detach().abs().amax(-1, keepdim=True)
-    alive = largest != 0
-    rows = rows / torch.where(alive, largest, 1)
-    square = torch.where(alive, rows.square().sum(-1, keepdim=True), 1)
-    return torch.where(alive, rows * square.rsqrt(), 0)
-
-
-def _check_float(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
-
-
 def _check_maps(name: str, tensor: Any) -> None:
-    _check_float(name, tensor)
+    check_float(name, tensor)
     if tensor.dim() != 4 or tensor.numel() == 0:
         raise ValueError(
             f"{name}: expected maps [n, channels, h, w] with none of them 0, got"
@@ -577,37 +551,15 @@ def _check_maps(name: str, tensor: Any) -> None:
         )
 
 
-def _check_guidance(name: str, teacher: Tensor, student: Tensor) -> None:
-    if teacher.device != student.device:
-        raise ValueError(
-            f"{name}: expected the device of the student's, {student.device}, got {teacher.device}"
-        )
-    if teacher.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name}: expected a tensor without gradient, got one that requires grad; compute it"
-            f" under torch.no_grad() or pass {name}.detach()"
-        )
-
-
-def _check_options(pool: int | None, top: int | None, bottom: int | None) -> None:
+def _check_options(
+    pool: int | None, normalize: bool, binarize: bool, top: int | None, bottom: int | None
+) -> None:
     for name, value in (("pool", pool), ("top", top), ("bottom", bottom)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(
-                f"{name}: expected a whole number of at least 1 or None, got {value!r}"
-            )
+        if value is not None:
+            check_counts(**{name: value})
+    check_flags(normalize=normalize, binarize=binarize)
     if top is not None and bottom is not None:
         raise ValueError(f"top: expected None beside bottom={bottom}, got {top}")
-
-
-def _check_factor(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-
-
-def _check_logits(name: str, logits: Any, images: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{name}: expected logits [{len(images)}, classes], got {got}")
 
 
 def _only(model: nn.Module, layer: nn.Module | str, argument: str) -> dict[str, nn.Module]:

@@ -12,7 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxkd.cam.capture import evaluating
-from fastxkd.losses.logits import kd_loss
+from fastxkd.losses._checks import (
+    check_choice,
+    check_classes,
+    check_factors,
+    check_flags,
+    check_float,
+    check_generator,
+    check_labels,
+    check_logits,
+    check_positive,
+)
+from fastxkd.losses._criterion import Criterion
+from fastxkd.losses._soft import soft_loss
+from fastxkd.ops._library import exact_dtype
+
+__all__ = ["KDIGALoss", "KDIGAParts", "MixKDLoss", "MixKDParts", "kdiga_loss", "mixkd_loss"]
 
 Model = Callable[[Tensor], Tensor]
 DISTANCES = ("mse", "kl")
@@ -35,7 +50,7 @@ class MixKDParts(NamedTuple):
     """What ``mixkd_loss(..., return_parts=True)`` returns: ``loss = ce + mixed + soft``.
 
     The parts carry their weights and no graph; they are for logging. ``student_logits``, of the
-    inputs that were not mixed, is None with ``ce_weight=0``.
+    inputs that were not mixed, is None with ``ce_weight=0`` and another weight above 0.
     """
 
     loss: Tensor
@@ -75,7 +90,7 @@ def kdiga_loss(
         teacher: the same; a module runs in eval mode and is left as it was, ``.grad`` included. Its
             graph is gone before the student runs.
         images: ``[n, ...]``, floating point. No gradient is handed to them.
-        labels: int64 class indices ``[n]``; every row counts.
+        labels: int64 class indices ``[n]``; every row counts, there is no label to be ignored.
         temperature: T of the KL.
         ce_weight, kd_weight, alignment_weight: the three factors. We know of no published ones; 1
             each is our reading.
@@ -99,8 +114,8 @@ def kdiga_loss(
     (True, True)
     """
     _check_inputs("images", images)
-    _check_labels(labels, images)
-    _check_factors(ce_weight=ce_weight, kd_weight=kd_weight, alignment_weight=alignment_weight)
+    check_labels(labels, "images", images)
+    _check_kdiga(temperature, ce_weight, kd_weight, alignment_weight, squared)
     keep_graph = torch.is_grad_enabled()
     with torch.inference_mode(False):
         with _guiding(teacher), torch.enable_grad():
@@ -115,8 +130,8 @@ def kdiga_loss(
         if not keep_graph:
             student_logits, total = student_logits.detach(), total.detach()
         ce = ce_weight * total / len(images)
-        kl = _soft_term(student_logits, teacher_logits, temperature, kd_weight)
-        exact = torch.promote_types(gradient.dtype, torch.float32)
+        kl = soft_loss(student_logits, teacher_logits, temperature, kd_weight)
+        exact = exact_dtype(gradient, wanted)
         apart = (gradient.to(exact) - wanted.to(exact)).flatten(1).square().sum(1)
         if not squared:
             # Where both gradients agree the root has no slope; the 1e-12 gives it one of 0.
@@ -128,7 +143,19 @@ def kdiga_loss(
     return KDIGAParts(loss, ce.detach(), kl.detach(), alignment.detach(), student_logits)
 
 
-class KDIGALoss(nn.Module):
+def _check_kdiga(
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    alignment_weight: float,
+    squared: bool,
+) -> None:
+    check_positive(temperature=temperature)
+    check_factors(ce_weight=ce_weight, kd_weight=kd_weight, alignment_weight=alignment_weight)
+    check_flags(squared=squared)
+
+
+class KDIGALoss(Criterion):
     """:func:`kdiga_loss` as a module: ``criterion(images, labels)``.
 
     Takes the models and the keyword arguments of :func:`kdiga_loss`. The models are not submodules:
@@ -152,34 +179,19 @@ class KDIGALoss(nn.Module):
         squared: bool = True,
         return_parts: bool = False,
     ) -> None:
-        super().__init__()
+        _check_kdiga(temperature, ce_weight, kd_weight, alignment_weight, squared)
+        super().__init__(
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            alignment_weight=alignment_weight,
+            squared=squared,
+            return_parts=return_parts,
+        )
         self._models = (student, teacher)
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
-        self.alignment_weight = alignment_weight
-        self.squared = squared
-        self.return_parts = return_parts
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor | KDIGAParts:
-        return kdiga_loss(
-            *self._models,
-            images,
-            labels,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
-            alignment_weight=self.alignment_weight,
-            squared=self.squared,
-            return_parts=self.return_parts,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, ce_weight={self.ce_weight},"
-            f" kd_weight={self.kd_weight}, alignment_weight={self.alignment_weight},"
-            f" squared={self.squared}"
-        )
+        return kdiga_loss(*self._models, images, labels, **self.options())
 
 
 def mixkd_loss(
@@ -217,12 +229,13 @@ def mixkd_loss(
             inputs and once on their mixtures.
         teacher: the same; runs without a graph, a module in eval mode; it is left as it was.
         inputs: ``[n, ...]``, floating point; a gradient reaches them if they require one.
-        labels: int64 class indices ``[n]``; every row counts.
+        labels: int64 class indices ``[n]``; every row counts, there is no label to be ignored.
         teacher_inputs: ``[n, ...]`` for a teacher that takes other tensors of the same samples
             (its own embeddings); mixed with the same lambda and permutation.
         alpha: of the Beta distribution, above 0; 0.4 is our reading.
         ce_weight, mix_weight, kd_weight: the three factors; we know of no published ones. A factor
-            of 0 leaves out the passes that only it needs.
+            of 0 leaves out the passes that only it needs; with all of them 0 the student still runs
+            on the inputs, so that the gradient is one of zeros.
         distance: ``"mse"`` of the logits, or ``"kl"``: ``T^2 * KL(teacher || student)``.
         temperature: T of ``"kl"``.
         generator: source of lambda and permutation; by default torch's own.
@@ -243,12 +256,8 @@ def mixkd_loss(
     True
     """
     _check_inputs("inputs", inputs)
-    _check_labels(labels, inputs)
-    _check_factors(ce_weight=ce_weight, mix_weight=mix_weight, kd_weight=kd_weight)
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha: expected a finite number above 0, got {alpha}")
-    if distance not in DISTANCES:
-        raise ValueError(f"distance: expected one of {', '.join(DISTANCES)}, got {distance!r}")
+    check_labels(labels, "inputs", inputs)
+    _check_mixkd(alpha, ce_weight, mix_weight, kd_weight, distance, temperature, generator)
     if teacher_inputs is not None:
         _check_inputs("teacher_inputs", teacher_inputs)
         if len(teacher_inputs) != len(inputs):
@@ -260,8 +269,9 @@ def mixkd_loss(
     share, partner = draw_pairs(len(inputs), alpha, generator, device=inputs.device)
     student_logits = None
     ce = mixed_ce = soft = torch.zeros((), device=inputs.device)
-    if ce_weight > 0:
+    if ce_weight > 0 or not (mix_weight > 0 or kd_weight > 0):
         student_logits = _logits(student, inputs, "student")
+        check_classes(labels, student_logits.shape[1])
         ce = ce_weight * F.cross_entropy(_exact(student_logits), labels)
     if mix_weight > 0 or kd_weight > 0:
         mixed = mix(inputs, share, partner)
@@ -269,6 +279,7 @@ def mixkd_loss(
         if mix_weight > 0:
             # Cross-entropy is linear in the label, so no mixed label is built.
             logits = _exact(mixed_logits)
+            check_classes(labels, logits.shape[1])
             first = F.cross_entropy(logits, labels, reduction="none")
             second = F.cross_entropy(logits, labels[partner], reduction="none")
             mixed_ce = mix_weight * torch.lerp(second, first, share.to(first.dtype)).mean()
@@ -283,17 +294,32 @@ def mixkd_loss(
                     f" got {list(teacher_logits.shape)}"
                 )
             if distance == "mse":
-                wanted = teacher_logits.to(_exact(mixed_logits))
-                soft = kd_weight * F.mse_loss(_exact(mixed_logits), wanted)
+                exact = exact_dtype(mixed_logits, teacher_logits)
+                soft = kd_weight * F.mse_loss(mixed_logits.to(exact), teacher_logits.to(exact))
             else:
-                soft = _soft_term(mixed_logits, teacher_logits, temperature, kd_weight)
+                soft = soft_loss(mixed_logits, teacher_logits, temperature, kd_weight)
     loss = ce + mixed_ce + soft
     if not return_parts:
         return loss
     return MixKDParts(loss, ce.detach(), mixed_ce.detach(), soft.detach(), student_logits)
 
 
-class MixKDLoss(nn.Module):
+def _check_mixkd(
+    alpha: float,
+    ce_weight: float,
+    mix_weight: float,
+    kd_weight: float,
+    distance: str,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> None:
+    check_positive(alpha=alpha, temperature=temperature)
+    check_factors(ce_weight=ce_weight, mix_weight=mix_weight, kd_weight=kd_weight)
+    check_choice("distance", distance, DISTANCES)
+    check_generator(generator)
+
+
+class MixKDLoss(Criterion):
     """:func:`mixkd_loss` as a module: ``criterion(inputs, labels)``.
 
     Takes the models and the keyword arguments of :func:`mixkd_loss`, ``teacher_inputs`` with the
@@ -320,39 +346,24 @@ class MixKDLoss(nn.Module):
         generator: torch.Generator | None = None,
         return_parts: bool = False,
     ) -> None:
-        super().__init__()
+        _check_mixkd(alpha, ce_weight, mix_weight, kd_weight, distance, temperature, generator)
+        super().__init__(
+            alpha=alpha,
+            ce_weight=ce_weight,
+            mix_weight=mix_weight,
+            kd_weight=kd_weight,
+            distance=distance,
+            temperature=temperature,
+            generator=generator,
+            return_parts=return_parts,
+        )
         self._models = (student, teacher)
-        self.alpha = alpha
-        self.ce_weight = ce_weight
-        self.mix_weight = mix_weight
-        self.kd_weight = kd_weight
-        self.distance = distance
-        self.temperature = temperature
-        self.generator = generator
-        self.return_parts = return_parts
 
     def forward(
         self, inputs: Tensor, labels: Tensor, *, teacher_inputs: Tensor | None = None
     ) -> Tensor | MixKDParts:
         return mixkd_loss(
-            *self._models,
-            inputs,
-            labels,
-            teacher_inputs=teacher_inputs,
-            alpha=self.alpha,
-            ce_weight=self.ce_weight,
-            mix_weight=self.mix_weight,
-            kd_weight=self.kd_weight,
-            distance=self.distance,
-            temperature=self.temperature,
-            generator=self.generator,
-            return_parts=self.return_parts,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"alpha={self.alpha}, ce_weight={self.ce_weight}, mix_weight={self.mix_weight},"
-            f" kd_weight={self.kd_weight}, distance={self.distance!r}"
+            *self._models, inputs, labels, teacher_inputs=teacher_inputs, **self.options()
         )
 
 
@@ -383,6 +394,7 @@ def _input_gradient(
     images, labels = (t.clone() if t.is_inference() else t for t in (images, labels))
     start = images.detach().requires_grad_(True)
     logits = _logits(model, start, role)
+    check_classes(labels, logits.shape[1])
     total = F.cross_entropy(_exact(logits), labels, reduction="sum")
     gradient = None
     if total.requires_grad:
@@ -394,22 +406,8 @@ def _input_gradient(
     return logits, total, gradient
 
 
-def _soft_term(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, weight: float
-) -> Tensor:
-    soft = kd_loss(
-        student_logits,
-        teacher_logits.to(student_logits.dtype),
-        temperature=temperature,
-        ce_weight=0.0,
-        kd_weight=weight,
-    )
-    assert isinstance(soft, Tensor)
-    return soft
-
-
 def _exact(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(exact_dtype(logits))
 
 
 def _guiding(teacher: Model) -> AbstractContextManager[None]:
@@ -417,38 +415,12 @@ def _guiding(teacher: Model) -> AbstractContextManager[None]:
 
 
 def _logits(model: Model, inputs: Tensor, role: str) -> Tensor:
-    logits: Any = model(inputs)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{role}: expected logits [{len(inputs)}, classes], got {got}")
+    logits = model(inputs)
+    check_logits(role, logits, inputs)
     return logits
 
 
 def _check_inputs(name: str, inputs: Any) -> None:
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(inputs).__name__}")
-    if not inputs.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {inputs.dtype}")
+    check_float(name, inputs)
     if inputs.dim() < 2 or len(inputs) == 0:
         raise ValueError(f"{name}: expected a batch [n, ...] with n > 0, got {list(inputs.shape)}")
-
-
-def _check_labels(labels: Any, inputs: Tensor) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: expected a Tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected torch.int64 class indices, got {labels.dtype}")
-    if labels.shape != inputs.shape[:1]:
-        raise ValueError(
-            f"labels: expected [{len(inputs)}], one per sample, got {list(labels.shape)}"
-        )
-    if labels.device != inputs.device:
-        raise ValueError(
-            f"labels: expected the device of the inputs, {inputs.device}, got {labels.device}"
-        )
-
-
-def _check_factors(**factors: float) -> None:
-    for name, value in factors.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")

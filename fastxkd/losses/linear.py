@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastxkd.losses._criterion import Criterion
 from fastxkd.losses.logits import KDLossParts
+from fastxkd.ops._logits import check_options
 from fastxkd.ops.linear_kd_loss import linear_kd_loss_parts
 
 __all__ = ["LinearKDLoss", "linear_kd_loss"]
@@ -123,7 +125,7 @@ def linear_kd_loss(
     return KDLossParts(loss, parts[0], parts[1]) if return_parts else loss
 
 
-class LinearKDLoss(nn.Module):
+class LinearKDLoss(Criterion):
     """:func:`linear_kd_loss` as a module: ``criterion(student_hidden, student.head.weight,
     teacher_hidden, teacher.head.weight, labels)``.
 
@@ -137,8 +139,6 @@ class LinearKDLoss(nn.Module):
     >>> round(criterion(hidden, weight, hidden, weight, torch.tensor([0, 1])).item(), 4)
     0.1099
     """
-
-    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -156,19 +156,32 @@ class LinearKDLoss(nn.Module):
         chunk_rows: int | None = None,
         accumulate_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
-        self.divergence = divergence
-        self.beta = beta
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.register_buffer("class_weight", class_weight)
-        self.reduction = reduction
-        self.return_parts = return_parts
-        self.chunk_rows = chunk_rows
-        self.accumulate_dtype = accumulate_dtype
+        check_options(
+            temperature,
+            ce_weight,
+            kd_weight,
+            divergence,
+            0.0,
+            beta,
+            ignore_index,
+            label_smoothing,
+            "logits",
+            reduction,
+        )
+        super().__init__(
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            divergence=divergence,
+            beta=beta,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            reduction=reduction,
+            return_parts=return_parts,
+            chunk_rows=chunk_rows,
+            accumulate_dtype=accumulate_dtype,
+        )
 
     def forward(
         self,
@@ -190,24 +203,6 @@ class LinearKDLoss(nn.Module):
             labels,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
-            divergence=self.divergence,
-            beta=self.beta,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            class_weight=self.class_weight,
             row_weight=row_weight,
-            reduction=self.reduction,
-            return_parts=self.return_parts,
-            chunk_rows=self.chunk_rows,
-            accumulate_dtype=self.accumulate_dtype,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"divergence={self.divergence!r}, temperature={self.temperature},"
-            f" ce_weight={self.ce_weight}, kd_weight={self.kd_weight},"
-            f" reduction={self.reduction!r}, chunk_rows={self.chunk_rows}"
+            **self.options(),
         )

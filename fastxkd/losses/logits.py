@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastxkd.ops.kd_loss import kd_loss_parts
+from fastxkd.losses._criterion import Criterion
+from fastxkd.ops._logits import check_options
+from fastxkd.ops.kd_loss import KDLossParts, loss_of_logits
 
 __all__ = ["DKDLoss", "KDLoss", "KDLossParts", "dkd_loss", "kd_loss"]
-
-
-class KDLossParts(NamedTuple):
-    """What ``kd_loss(..., return_parts=True)`` returns: ``loss = hard + soft``.
-
-    ``hard`` and ``soft`` carry their weights (``ce_weight``, ``kd_weight * T^2``) and no graph;
-    they are for logging. Only ``loss`` is differentiable.
-    """
-
-    loss: Tensor
-    hard: Tensor
-    soft: Tensor
 
 
 def kd_loss(
@@ -66,10 +55,11 @@ def kd_loss(
     Args:
         student_logits: ``[..., classes]`` with at least two dimensions, float32, bfloat16, float16
             or float64. The last dimension should be contiguous; rows may be strided or expanded.
-        teacher_logits: the same shape and dtype, without gradient; or a list of them, one for each
-            teacher, whose softened probabilities are averaged.
+        teacher_logits: the same shape, without gradient; or a list of them, one for each teacher,
+            whose softened probabilities are averaged. The dtype may differ, up to float32 (float64
+            beside float64 logits): no copy is rounded.
         labels: int64 class indices ``[...]``; without them the hard part is 0.
-        temperature: T, above 0.
+        temperature: T, from 1e-6 to 1e6.
         ce_weight: factor of the cross-entropy.
         kd_weight: factor of ``T^2 * D``.
         divergence: D, see above.
@@ -117,11 +107,7 @@ def kd_loss(
     >>> round(kd_loss(student, values, teacher_indices=indices, temperature=1.0).item(), 4)
     0.2023
     """
-    if divergence == "dkd":
-        raise ValueError(
-            "divergence: expected one of forward_kl, reverse_kl, jsd, tvd, got 'dkd'; use dkd_loss"
-        )
-    loss, parts = kd_loss_parts(
+    return loss_of_logits(
         student_logits,
         teacher_logits,
         labels,
@@ -139,8 +125,8 @@ def kd_loss(
         teacher_indices=teacher_indices,
         teacher_weights=teacher_weights,
         reduction=reduction,
+        return_parts=return_parts,
     )
-    return KDLossParts(loss, parts[0], parts[1]) if return_parts else loss
 
 
 def dkd_loss(
@@ -184,7 +170,7 @@ def dkd_loss(
     """
     if labels is None:
         raise ValueError("labels: dkd_loss needs them to tell the target from the others, got None")
-    loss, parts = kd_loss_parts(
+    return loss_of_logits(
         student_logits,
         teacher_logits,
         labels,
@@ -202,63 +188,12 @@ def dkd_loss(
         teacher_indices=teacher_indices,
         teacher_weights=teacher_weights,
         reduction=reduction,
+        return_parts=return_parts,
+        offered=("dkd",),
     )
-    return KDLossParts(loss, parts[0], parts[1]) if return_parts else loss
 
 
-class _LogitLoss(nn.Module):
-    """The options that both losses hold."""
-
-    class_weight: Tensor | None
-
-    def __init__(
-        self,
-        temperature: float,
-        ce_weight: float,
-        kd_weight: float,
-        ignore_index: int,
-        label_smoothing: float,
-        class_weight: Tensor | None,
-        teacher_form: str,
-        teacher_weights: Sequence[float] | None,
-        reduction: str,
-        return_parts: bool,
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.register_buffer("class_weight", class_weight)
-        self.teacher_form = teacher_form
-        self.teacher_weights = teacher_weights
-        self.reduction = reduction
-        self.return_parts = return_parts
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "temperature": self.temperature,
-            "ce_weight": self.ce_weight,
-            "kd_weight": self.kd_weight,
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-            "class_weight": self.class_weight,
-            "teacher_form": self.teacher_form,
-            "teacher_weights": self.teacher_weights,
-            "reduction": self.reduction,
-            "return_parts": self.return_parts,
-        }
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, ce_weight={self.ce_weight},"
-            f" kd_weight={self.kd_weight}, label_smoothing={self.label_smoothing},"
-            f" teacher_form={self.teacher_form!r}, reduction={self.reduction!r}"
-        )
-
-
-class KDLoss(_LogitLoss):
+class KDLoss(Criterion):
     """:func:`kd_loss` as a module: ``criterion(student_logits, teacher_logits, labels)``.
 
     Takes the keyword arguments of :func:`kd_loss`; ``class_weight`` becomes a buffer and follows
@@ -288,20 +223,32 @@ class KDLoss(_LogitLoss):
         reduction: str = "batchmean",
         return_parts: bool = False,
     ) -> None:
-        super().__init__(
+        check_options(
             temperature,
             ce_weight,
             kd_weight,
+            divergence,
+            0.0,
+            beta,
             ignore_index,
             label_smoothing,
-            class_weight,
             teacher_form,
-            teacher_weights,
             reduction,
-            return_parts,
         )
-        self.divergence = divergence
-        self.beta = beta
+        super().__init__(
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            divergence=divergence,
+            beta=beta,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            teacher_form=teacher_form,
+            teacher_weights=teacher_weights,
+            reduction=reduction,
+            return_parts=return_parts,
+        )
 
     def forward(
         self,
@@ -316,19 +263,13 @@ class KDLoss(_LogitLoss):
             student_logits,
             teacher_logits,
             labels,
-            divergence=self.divergence,
-            beta=self.beta,
             row_weight=row_weight,
             teacher_indices=teacher_indices,
-            **self._options(),
+            **self.options(),
         )
 
-    def extra_repr(self) -> str:
-        beta = f", beta={self.beta}" if self.divergence == "jsd" else ""
-        return f"divergence={self.divergence!r}{beta}, {super().extra_repr()}"
 
-
-class DKDLoss(_LogitLoss):
+class DKDLoss(Criterion):
     """:func:`dkd_loss` as a module: ``criterion(student_logits, teacher_logits, labels)``.
 
     >>> import torch
@@ -353,20 +294,33 @@ class DKDLoss(_LogitLoss):
         reduction: str = "batchmean",
         return_parts: bool = False,
     ) -> None:
-        super().__init__(
+        check_options(
             temperature,
             ce_weight,
             kd_weight,
+            "dkd",
+            target_weight,
+            others_weight,
             ignore_index,
             label_smoothing,
-            class_weight,
             teacher_form,
-            teacher_weights,
             reduction,
-            return_parts,
+            offered=("dkd",),
         )
-        self.target_weight = target_weight
-        self.others_weight = others_weight
+        super().__init__(
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            target_weight=target_weight,
+            others_weight=others_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            teacher_form=teacher_form,
+            teacher_weights=teacher_weights,
+            reduction=reduction,
+            return_parts=return_parts,
+        )
 
     def forward(
         self,
@@ -381,13 +335,7 @@ class DKDLoss(_LogitLoss):
             student_logits,
             teacher_logits,
             labels,
-            target_weight=self.target_weight,
-            others_weight=self.others_weight,
             row_weight=row_weight,
             teacher_indices=teacher_indices,
-            **self._options(),
+            **self.options(),
         )
-
-    def extra_repr(self) -> str:
-        weights = f"target_weight={self.target_weight}, others_weight={self.others_weight}"
-        return f"{weights}, {super().extra_repr()}"

@@ -106,7 +106,18 @@ def use_backend(name: str, *, isa: str | None = None) -> Iterator[None]:
     >>> round(loss.item(), 4)
     0.1099
     """
-    token = _forced.set(_choice(name, isa))
+    with using(_choice(name, isa)):
+        yield
+
+
+def chosen() -> _Choice | None:
+    """What a ``use_backend`` around this call asked for; :func:`using` asks for it again."""
+    return _forced.get()
+
+
+@contextmanager
+def using(choice: _Choice | None) -> Iterator[None]:
+    token = _forced.set(choice)
     try:
         yield
     finally:
@@ -235,11 +246,20 @@ def unobserved(tensor: Tensor) -> bool:
     )
 
 
+def transformed() -> bool:
+    """Within ``torch.func``: a tensor may then hide that a gradient is due to it."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def wants_gradient(tensor: Tensor) -> bool:
+    return (tensor.requires_grad and torch.is_grad_enabled()) or transformed()
+
+
 def wants_function(tensor: Tensor) -> bool:
     """An autograd function must stand in the way of an operator: for its gradient or, in
     forward-mode differentiation, to say that there is no formula. The bare operator would give 0.
     """
-    return forward_ad._current_level >= 0 or (tensor.requires_grad and torch.is_grad_enabled())
+    return forward_ad._current_level >= 0 or wants_gradient(tensor)
 
 
 def differentiable_once(backward: Kernel) -> Kernel:

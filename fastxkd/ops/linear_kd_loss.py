@@ -18,8 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxkd.ops._library import define, differentiable_once, unobserved, wants_function
-from fastxkd.ops.kd_loss import DIVERGENCES, REDUCTIONS, _kd_loss, _kd_loss_scale_
+from fastxkd.ops._library import (
+    define,
+    differentiable_once,
+    unobserved,
+    wants_function,
+    wants_gradient,
+)
+from fastxkd.ops._logits import DIVERGENCES, REDUCTIONS, check_options
+from fastxkd.ops._transforms import one_by_one
+from fastxkd.ops.kd_loss import _kd_loss, _kd_loss_scale_
 
 SCHEMA = (
     "linear_kd_loss(Tensor student_hidden, Tensor student_weight, Tensor? student_bias,"
@@ -313,8 +321,6 @@ class _LinearKDLoss(torch.autograd.Function):
     cannot have their gradient before it is known what each row's counts for: the chunks are then
     done again in backward, with that as the weights of the rows."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         if arguments[REDUCTION] == REDUCTIONS["none"]:
@@ -329,6 +335,12 @@ class _LinearKDLoss(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         by_row = inputs[REDUCTION] == REDUCTIONS["none"]
         ctx.save_for_backward(*(inputs[:TENSORS] if by_row else output[2:]))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return one_by_one(_LinearKDLoss, info, in_dims, *arguments)
 
     @staticmethod
     @differentiable_once
@@ -393,9 +405,20 @@ def linear_kd_loss_parts(
     casts = torch.is_autocast_enabled(device) and student_hidden.dtype != torch.float64
     compute = torch.get_autocast_dtype(device) if casts else student_hidden.dtype
     _check_tensors(tensors, casts)
-    _check_options(temperature, ce_weight, kd_weight, divergence, beta, label_smoothing)
+    check_options(
+        temperature,
+        ce_weight,
+        kd_weight,
+        divergence,
+        0.0,
+        beta,
+        ignore_index,
+        label_smoothing,
+        "logits",
+        reduction,
+    )
     shape = student_hidden.shape[:-1]
-    _check_reduction(reduction, shape)
+    _check_mean(reduction, shape)
     accumulate = _accumulate_dtype(accumulate_dtype, compute)
     if chunk_rows is None:
         chunk_rows = CHUNK_ROWS if device == "cpu" else CHUNK_ROWS_GPU
@@ -410,7 +433,7 @@ def linear_kd_loss_parts(
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"
     inputs = (student_hidden, student_weight, student_bias)
-    needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
+    needs = tuple(x is not None and wants_gradient(x) for x in inputs)
     rest: tuple[Any, ...] = (
         teacher_hidden,
         teacher_weight,
@@ -526,31 +549,7 @@ def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype, casts: bool) -> 
         )
 
 
-def _check_options(
-    temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    divergence: str,
-    beta: float,
-    label_smoothing: float,
-) -> None:
-    if not temperature > 0 or temperature == float("inf"):
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    known = [name for name in DIVERGENCES if name != "dkd"]
-    if divergence not in known:
-        raise ValueError(f"divergence: expected one of {', '.join(known)}, got {divergence!r}")
-    if divergence == "jsd" and not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected the teacher's share, a number in [0, 1], got {beta}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-
-
-def _check_reduction(reduction: str, shape: torch.Size) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+def _check_mean(reduction: str, shape: torch.Size) -> None:
     if reduction == "batchmean" and shape.numel() == 0:
         raise ValueError(
             "student_hidden: expected at least one row to take a mean of, got none in"

@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 
 from fastxkd.ops._library import define, differentiable_once, exact_dtype, wants_function
+from fastxkd.ops._rows import power_of_two, reciprocal
+from fastxkd.ops._transforms import one_by_one
 from fastxkd.ops.distance import distance_matrix
 
-# Smallest distances that count: the published code's eps in its square root and in its division.
-LEAST_DISTANCE, LEAST_LENGTH = 1e-6, 1e-12
+# Smallest distance that counts: the published code's eps in its square root.
+LEAST_DISTANCE = 1e-6
+# And for a direction, of features whose largest number is 1: sides of r : 1 cost float64 the digits
+# of r in the law of cosines, and this many leave seven.
+LEAST_LENGTH = 1e-9
 # Three buffers of this many angles: a few megabytes each, that the last-level cache keeps. Smaller
 # ones lose more to the calls between them than they win.
 ANGLES = 1 << 20
+# Up to so many samples angles in float64 cost no more than the calls for them.
+FEW = 64
 # Beyond this ratio of distances float32 has no five digits of an angle left, see _arithmetic.
 SCALES = 64
-
-
-def reciprocal(values: Tensor, least: float = 0.0) -> Tensor:
-    """1 / x, and 0 up to ``least``: what has no length has no direction and pulls at nothing."""
-    return values.reciprocal().masked_fill_(values <= least, 0)
 
 
 def _fake_rkd(
@@ -46,46 +48,46 @@ def _rkd(
 ) -> tuple[Tensor, Tensor]:
     exact = exact_dtype(student, teacher)
     shape = student.shape
-    student, teacher = (x.reshape(x.shape[0], -1) for x in (student, teacher))
-    student, distances, targets = _arithmetic(student, teacher, exact)
+    student, teacher = (x.reshape(x.shape[0], -1).to(exact) for x in (student, teacher))
+    # Only ratios of distances count: squares of the scaled ones neither vanish nor overflow.
+    scales = [power_of_two(x, (0, 1)) for x in (student, teacher)]
+    student, distances, targets = _arithmetic(student * scales[0], teacher * scales[1])
     # Both parts are functions of the student's distances: one gradient in them, one product with
     # the features at the end.
     pull = torch.zeros_like(distances) if need_grad else None
     loss = distances.new_zeros((), dtype=torch.float64)
     if on_distance:
-        loss += _distance_part(distances, targets, on_distance, pull)
+        least = [LEAST_DISTANCE * scale for scale in scales]
+        loss += _distance_part(distances, targets, least, on_distance, pull)
     if on_angle:
         loss += _angle_part(distances, targets, on_angle, pull)
     if pull is None:
         return loss.to(exact), student.new_empty(0, dtype=exact)
     weight = (pull + pull.T).mul_(reciprocal(distances, LEAST_LENGTH))
-    wide = student.to(distances.dtype)
-    wide = wide - wide.mean(0)  # the gradient sees differences, the product should too
-    grad = weight.sum(1, keepdim=True) * wide
-    grad.addmm_(weight, wide, alpha=-1)
-    return loss.to(exact), grad.to(exact).view(shape)
+    student = student - student.mean(0)  # the gradient sees differences, the product should too
+    grad = weight.sum(1, keepdim=True) * student
+    grad.addmm_(weight, student, alpha=-1)
+    return loss.to(exact), grad.to(exact).mul_(scales[0]).view(shape)
 
 
-def _arithmetic(
-    student: Tensor, teacher: Tensor, exact: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _arithmetic(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The student's features and both distances, in a dtype that holds the angles.
 
-    The law of cosines takes the difference of two squares and divides it by a side: with sides of
-    r : 1 it loses the digits of r. Rare enough to be worth an answer in float64 and no thought.
+    Distances of many dimensions are nearly equal, and the loss is made of what they differ by: they
+    are taken in float64. The n^3 angles are only where they are few, or where sides of r : 1 are
+    among them, of which the law of cosines costs the digits of r: rare enough to be worth an answer
+    and no thought.
     """
-    found = [_distances(x.to(exact) if exact == torch.float64 else x) for x in (student, teacher)]
-    if exact == torch.float32 and any(_far_apart(d) for d in found):
-        student, teacher = student.double(), teacher.double()
-        found = [_distances(x) for x in (student, teacher)]
-    return student, found[0], found[1]
+    distances, targets = (_distances(x.double()) for x in (student, teacher))
+    if len(distances) <= FEW or any(_far_apart(d) for d in (distances, targets)):
+        return student.double(), distances, targets
+    return student, distances.to(student.dtype), targets.to(student.dtype)
 
 
 def _distances(rows: Tensor) -> Tensor:
     n = rows.shape[0]
     if n >= 4:  # what the sweep over pairs takes
         return distance_matrix(rows, "student_features", rows=n)
-    rows = rows.to(exact_dtype(rows))
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -95,12 +97,12 @@ def _far_apart(distances: Tensor) -> bool:
 
 
 def _distance_part(
-    distances: Tensor, targets: Tensor, factor: float, pull: Tensor | None
+    distances: Tensor, targets: Tensor, least: list[Tensor], factor: float, pull: Tensor | None
 ) -> Tensor:
     n = distances.shape[0]
     scaled, means = [], []
-    for d in (distances, targets):
-        d = d.clamp_min(LEAST_DISTANCE).fill_diagonal_(0)
+    for d, nearest in zip((distances, targets), least, strict=True):
+        d = d.clamp_min(nearest.to(d.dtype)).fill_diagonal_(0)
         means.append(d.sum(dtype=torch.float64) / (n * (n - 1)))
         scaled.append(d / means[-1])
     error = scaled[0] - scaled[1]
@@ -110,7 +112,7 @@ def _distance_part(
         # Every distance also moves the mean that all are divided by.
         common = (slope * scaled[0]).sum(dtype=torch.float64) / (n * (n - 1))
         on_distance = (slope - common) * (factor / n**2 / means[0])
-        pull += torch.where(distances > LEAST_DISTANCE, on_distance, 0)
+        pull += torch.where(distances > least[0], on_distance, 0)
     return loss
 
 
@@ -185,6 +187,10 @@ class _RKD(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
         ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return one_by_one(_RKD, info, in_dims, *arguments)
 
     @staticmethod
     @differentiable_once

@@ -9,6 +9,7 @@ With z = s/T, log q = log softmax(z), log p the teacher's, each divergence D has
                   with m = b p + (1-b) q
     TVD           sum |q - p| / 2                        dD/dz = q (sgn - sum q sgn) / 2
     decoupled     a KL(target or not) + b KL(the rest)   see _decoupled
+    DIST          1 - correlation of rows, of columns    see dist.py
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-FORWARD_KL, REVERSE_KL, JSD, TVD, DECOUPLED = range(5)
+from fastxkd.reference.dist import dist
+
+FORWARD_KL, REVERSE_KL, JSD, TVD, DECOUPLED, DIST = range(6)
 LOGITS, PROBABILITIES = range(2)
 
 
@@ -85,6 +88,7 @@ def kd_loss(
     row_mean = _reciprocal(on_row.sum()) if reduction == 2 else s.new_ones(())
 
     hard, soft = s.new_zeros(rows), s.new_zeros(rows)
+    of_batch = s.new_zeros(())  # a soft part that is not a sum over rows
     grad = torch.zeros_like(s) if need_grad else None
     weight_mean = row_mean
     if labels is not None and ce_weight != 0:
@@ -104,7 +108,12 @@ def kd_loss(
             mass = (picked + spread.sum())[:, None]
             scale = ce_weight * weight_mean * on_row[:, None]
             grad += scale * (mass * log_prob.exp() - target)
-    if kd_weight != 0:
+    if kd_weight != 0 and divergence == DIST:
+        value, slope = dist(s / temperature, t / temperature, on_row, alpha, beta)
+        of_batch = kd_weight * temperature**2 * value
+        if grad is not None:
+            grad += kd_weight * temperature * slope
+    elif kd_weight != 0:
         if divergence == DECOUPLED:
             assert labels is not None
             value, slope = _decoupled(s / temperature, t / temperature, labels, alpha, beta)
@@ -117,7 +126,7 @@ def kd_loss(
     # An ignored row may hold anything, NaN included: select, do not multiply by zero.
     hard, soft = torch.where(counts, hard, 0), torch.where(counts, soft, 0)
     if reduction != 0:
-        hard, soft = hard.sum() * weight_mean, soft.sum() * row_mean
+        hard, soft = hard.sum() * weight_mean, soft.sum() * row_mean + of_batch
     if grad is None:
         return hard + soft, torch.stack([hard, soft]), student.new_empty(0)
     grad = torch.where(counts[:, None], grad, 0).to(student.dtype)
