@@ -18,13 +18,14 @@ from fastxkd.ops import _library
 from fastxkd.reference import kd_loss as reference
 
 TEMPERATURE, CE, KD = 4.0, 0.1, 0.9
-TESTS = ["tests/test_kd_loss.py", "tests/test_divergences.py"]
+TESTS = ["tests/test_kd_loss.py", "tests/test_divergences.py", "tests/test_dist.py"]
 # Name of a variant -> (code of the divergence, alpha, beta) as the operator takes them.
 DIVERGENCES = {
     "reverse KL": (1, 0.0, 0.0),
     "JSD": (2, 0.0, 0.5),
     "TVD": (3, 0.0, 0.0),
     "DKD": (4, 1.0, 8.0),
+    "DIST": (5, 1.0, 1.0),
 }
 
 
@@ -50,6 +51,26 @@ def eager_log_target(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor
 
 def ours(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     loss = fastxkd.kd_loss(
+        student, teacher, labels, temperature=TEMPERATURE, ce_weight=CE, kd_weight=KD
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def pearson(x: Tensor, y: Tensor) -> Tensor:
+    x, y = (z - z.mean(1, keepdim=True) for z in (x, y))
+    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + 1e-8)
+
+
+def eager_dist(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """DIST as its authors write it: correlations along rows and along columns."""
+    q, p = ((x / TEMPERATURE).softmax(1) for x in (student, teacher))
+    soft = 2 - pearson(q, p).mean() - pearson(q.T, p.T).mean()
+    return CE * F.cross_entropy(student, labels) + KD * TEMPERATURE**2 * soft
+
+
+def ours_dist(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    loss = fastxkd.dist_loss(
         student, teacher, labels, temperature=TEMPERATURE, ce_weight=CE, kd_weight=KD
     )
     assert isinstance(loss, Tensor)
@@ -142,6 +163,20 @@ def case(rows: int, classes: int, dtype: torch.dtype) -> Case:
     return Case(variants, moved, lambda: errors(*inputs))  # type: ignore[arg-type]
 
 
+def dist_case(rows: int, classes: int, dtype: torch.dtype) -> Case:
+    teacher = 3 * torch.randn(rows, classes)
+    student = (0.8 * teacher + torch.randn(rows, classes)).to(dtype).requires_grad_()
+    teacher, labels = teacher.to(dtype), torch.randint(classes, (rows,))
+    inputs, detached, out = (student, teacher, labels), student.detach(), torch.empty_like(teacher)
+    variants = {
+        "floor: add(s, t, out=g)": lambda: torch.add(detached, teacher, out=out),
+        "eager": Step(eager_dist, *inputs),
+        "torch.compile": Step(compiled(eager_dist), *inputs),
+        "ours": Step(ours_dist, *inputs),
+    }
+    return Case(variants, 3 * out.numel() * out.element_size())  # type: ignore[arg-type]
+
+
 def kernels_case(rows: int, classes: int, dtype: torch.dtype) -> Case:
     """The kernel of each divergence, beside that of the forward KL."""
     teacher = 3 * torch.randn(rows, classes)
@@ -180,8 +215,9 @@ def specs(quick: bool) -> list[Spec]:
         for rows, classes in ((256, 1000), (4096, 32000))
         for dtype in (torch.float32, torch.bfloat16)
     ]
+    dist = Spec("DIST 256x1000 float32", partial(dist_case, 256, 1000, torch.float32))
     large = Spec("4096x32000 float32", partial(case, 4096, 32000, torch.float32), rounds=5)
-    return found[:1] if quick else [*found, *kernels, large]
+    return found[:1] if quick else [*found, dist, *kernels, large]
 
 
 if __name__ == "__main__":

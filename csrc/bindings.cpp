@@ -202,6 +202,13 @@ void distance_grad_tile(int level, int threads, const std::vector<int64_t>& dist
   checked(FXK_AT(level, distance_grad_tile)(a, threads));
 }
 
+void pair_distances(int level, int threads, Address rows, Address out, int64_t n, int64_t width,
+                    int dtype) {
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, pair_distances)(pointer<void>(rows), n, width, dtype, pointer<double>(out),
+                                        threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
@@ -214,4 +221,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("cam_backward", &cam_backward);
   m.def("distance_tile", &distance_tile);
   m.def("distance_grad_tile", &distance_grad_tile);
+  m.def("pair_distances", &pair_distances);
 }

@@ -104,6 +104,7 @@ enum Status : int64_t { kOk = -1, kNoMemory = -2, kBadIndex = -3 };
 
 // kd_loss_scale: grad *= upstream, row by row when per_row; returns at once where every factor is
 // one. distance_tile, distance_grad_tile: one tile of the sweep over pairs, see distance.cpp.
+// pair_distances: [n, n] of contiguous float32 or float64 rows [n, width].
 #define FXK_DECLARE(level)                                                                         \
   namespace level {                                                                                \
   int64_t kd_loss(const KDLossArgs&, int threads);                                                 \
@@ -113,6 +114,8 @@ enum Status : int64_t { kOk = -1, kNoMemory = -2, kBadIndex = -3 };
   int64_t cam_backward(const CamBackwardArgs&, int threads);                                       \
   int64_t distance_tile(const DistanceTileArgs&, int threads);                                     \
   int64_t distance_grad_tile(const DistanceGradTileArgs&, int threads);                            \
+  int64_t pair_distances(const void* rows, int64_t n, int64_t width, int dtype, double* out,       \
+                         int threads);                                                             \
   }
 FXK_DECLARE(baseline)
 FXK_DECLARE(avx2)

@@ -463,3 +463,20 @@ def test_inputs_are_left_alone(backend: str) -> None:
     leaves = [f.requires_grad_(True) for f in features]
     distance_correlation(*leaves).backward()
     assert all(torch.equal(a, b) for a, b in zip(features, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (2, 1), (9, 33), (64, 1271), (37, 2048)], ids=str)
+def test_pair_distances(backend: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """To the last digits also where rows nearly coincide: differences, no products."""
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[-1] = rows[0] + 1e-3
+    rows = rows.to(dtype)
+    exact = (rows.double()[:, None] - rows.double()).norm(dim=2)
+    found = op.pair_distances(rows)
+    assert found.dtype == torch.float64
+    eps = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found, exact, rtol=eps, atol=0)
+    strided = torch.zeros(shape[0], 2 * shape[1], dtype=dtype)[:, ::2]
+    strided[:] = rows
+    assert torch.equal(op.pair_distances(strided), found)

@@ -60,8 +60,8 @@ struct Columns {
   }
 };
 
-// Adds a block of rows: q and p [rows, stride] with their weights. A mean starts from the first row:
-// rows that are equal must leave nothing, since 1 / kEps would make much of it.
+// Adds a block of rows: q and p [rows, stride] with their weights. A mean starts from the first
+// row: rows that are equal must leave nothing, since 1 / kEps would make much of it.
 template <class F>
 void add_block(const F* q, const F* p, int64_t stride, const F* weights, int64_t rows,
                int64_t classes, Columns* columns) {

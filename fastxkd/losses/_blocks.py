@@ -8,6 +8,7 @@ feature's size leaves the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastxkd.ops._library import differentiable_once, exact_dtype, transformed
 
+_NOTHING = nullcontext()
 BLOCK_ELEMENTS = 1 << 18  # of float32: a megabyte, a core's share of most second-level caches
 
 _AVERAGE_POOLS: dict[int, Callable[..., Tensor]] = {
@@ -57,6 +59,19 @@ def in_blocks(features: Tensor, part: Callable[[slice], Tensor]) -> Tensor:
 
 def along_channels(values: Tensor, dim: int) -> Tensor:
     return values.view(-1, *[1] * (dim - 2))
+
+
+def without_autocast(features: Tensor) -> AbstractContextManager[None]:
+    """Where it is off it costs as much as a small matrix product to turn it off."""
+    device = features.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    if len(row_blocks(student)) > 1:
+        return squared_error(student, teacher).sum() / student.numel()
+    exact = exact_dtype(student, teacher)
+    return F.mse_loss(student.to(exact), teacher.to(exact))
 
 
 class _SquaredError(torch.autograd.Function):

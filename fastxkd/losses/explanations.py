@@ -17,6 +17,7 @@ from fastxkd.cam.gradient import (
     LayerCAM,
     XGradCAM,
 )
+from fastxkd.losses._blocks import without_autocast
 from fastxkd.losses._checks import (
     check_choice,
     check_counts,
@@ -114,7 +115,7 @@ def class_activations(activations: Tensor, weight: Tensor, bias: Tensor | None =
         )
     exact = exact_dtype(activations, weight)
     # Autocast would round the products to 16 bits.
-    with torch.autocast(activations.device.type, enabled=False):
+    with without_autocast(activations):
         return F.conv2d(
             activations.to(exact),
             weight.flatten(1)[:, :, None, None].to(exact),

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxkd.losses._blocks import blockwise, in_blocks, row_blocks, same_size, squared_error
+from fastxkd.losses._blocks import (
+    blockwise,
+    in_blocks,
+    mean_squared_error,
+    row_blocks,
+    same_size,
+    squared_error,
+)
 from fastxkd.losses._checks import (
     NAMES,
     check_channels,
@@ -63,7 +70,7 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     check_pair(student_features, teacher_features)
     check_channels("teacher_features", teacher_features, student_features.shape[1])
     student, teacher = same_size(student_features, teacher_features)
-    return squared_error(student, teacher).sum() / student.numel()
+    return mean_squared_error(student, teacher)
 
 
 class _Regressor(nn.Sequential):
@@ -131,7 +138,7 @@ class FitNetLoss(nn.Module):
         check_precision(NAMES[0], student_features, self.regressor.weight)
         student, teacher = same_size(student_features, teacher_features)
         student = self.regressor(student)
-        return squared_error(student, teacher).sum() / student.numel()
+        return mean_squared_error(student, teacher)
 
     def extra_repr(self) -> str:
         return f"{self.student_channels}, {self.teacher_channels}"
@@ -246,10 +253,19 @@ def at_loss(student_features: Tensor, teacher_features: Tensor, *, p: float = 2.
     _check_power(p)
     exact = exact_dtype(student_features, teacher_features)
     student, teacher = (
-        unit_rows(_Energy.apply(x, float(p), exact)[0].flatten(1))
-        for x in same_size(student_features, teacher_features)
+        _attention(x, float(p), exact) for x in same_size(student_features, teacher_features)
     )
     return (student - teacher).square().mean()
+
+
+def _attention(features: Tensor, p: float, exact: torch.dtype) -> Tensor:
+    """``[n, positions]``, rows of length 1."""
+    if at_hand(features) and len(row_blocks(features)) == 1:  # small: calls are what costs
+        energy = _power(features.to(exact), p).mean(1).flatten(1)
+        norm = torch.linalg.vector_norm(energy, dim=1, keepdim=True)
+        if ordinary(norm):
+            return energy / norm
+    return unit_rows(_Energy.apply(features, p, exact)[0].flatten(1))
 
 
 def _check_power(p: float) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxkd.losses._blocks import in_blocks, row_blocks, squared_error
+from fastxkd.losses._blocks import in_blocks, row_blocks, squared_error, without_autocast
 from fastxkd.losses._checks import (
     Features,
     check_channels,
@@ -93,7 +93,7 @@ def _stage(student: Tensor, teacher: Tensor) -> Tensor:
         bins.append(torch.einsum("ia,jb->ijab", *sides).reshape(-1, level**2))
         factors.append(student.new_full((level**2,), factor / level**2, dtype=exact))
     # Autocast would round the pools to 16 bits.
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student):
         loss, _ = _Pyramid.apply(student, teacher, torch.cat(bins, 1), torch.cat(factors), own)
     return loss
 
@@ -141,7 +141,7 @@ class _Pyramid(torch.autograd.Function):
             here = on_pools[rows.start * channels : rows.stop * channels]
             return torch.addmm(error.mul_(on_own), here, bins.T).view(student[rows].shape)
 
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student):
             return in_blocks(student, part), None, None, None, None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastxkd.losses._blocks import without_autocast
 from fastxkd.losses._checks import (
     NAMES,
     check_choice,
@@ -78,7 +79,7 @@ class _OnGram(torch.autograd.Function):
             return (None,) * 5
         student, slope, scale = ctx.saved_tensors
         rows = student.to(slope.dtype)
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student):
             grad = (slope * (upstream * scale)) @ (rows * scale if scale.dim() else rows)
         return grad.to(student.dtype), None, None, None, None
 
@@ -107,7 +108,7 @@ def _on_gram(
     arguments = (student, teacher, kind, gamma, order)
     loss: Tensor
     # Autocast would round the Gram matrices to 16 bits, below what relations differ by.
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student):
         if not wants_function(student):
             loss, *_ = _OnGram.forward(*arguments)
         elif unobserved(student):

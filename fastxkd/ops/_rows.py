@@ -20,7 +20,8 @@ def at_hand(values: Tensor) -> bool:
 
 def ordinary(values: Tensor) -> bool:
     """Whether these numbers, at least 0, have squares with all their digits in float32."""
-    return values.amin().item() > 1e-12 and values.amax().item() < 1e12
+    low, high = values.aminmax()
+    return low.item() > 1e-12 and high.item() < 1e12
 
 
 def power_of_two(values: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:

@@ -267,6 +267,24 @@ def _check(features: list[Tensor], names: list[str]) -> None:
         )
 
 
+def pair_distances(rows: Tensor) -> Tensor:
+    """``[n, n]`` distances, float64, of float32 or float64 rows ``[n, width]``: for a loss that is
+    made of what nearly equal distances differ by. Not differentiable."""
+    with torch.no_grad():
+        if _served_by_reference([rows]):
+            return torch.cdist(
+                rows.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist"
+            )
+        rows = rows.contiguous()
+        n, width = rows.shape
+        out = torch.empty(n, n, dtype=torch.float64)
+        module, level, threads = kernels()
+        module.pair_distances(
+            level, threads, rows.data_ptr(), out.data_ptr(), n, width, DTYPES[rows.dtype]
+        )
+        return out
+
+
 def distance_matrix(features: Tensor, name: str, *, rows: int) -> Tensor:
     """``[n, n]`` distances of ``features`` ``[n, ...]``, for a batch; float32 or float64.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastxkd.ops._library import define, differentiable_once, exact_dtype, wants_function
 from fastxkd.ops._rows import power_of_two, reciprocal
 from fastxkd.ops._transforms import one_by_one
-from fastxkd.ops.distance import distance_matrix
+from fastxkd.ops.distance import pair_distances
 
 # Smallest distance that counts: the published code's eps in its square root.
 LEAST_DISTANCE = 1e-6
@@ -74,21 +74,16 @@ def _arithmetic(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
     """The student's features and both distances, in a dtype that holds the angles.
 
     Distances of many dimensions are nearly equal, and the loss is made of what they differ by: they
-    are taken in float64. The n^3 angles are only where they are few, or where sides of r : 1 are
-    among them, of which the law of cosines costs the digits of r: rare enough to be worth an answer
-    and no thought.
+    are taken from differences, not from products. All is float64 where samples are few, or where
+    sides of r : 1 are among them, of which the law of cosines costs the digits of r: rare enough to
+    be worth an answer and no thought.
     """
-    distances, targets = (_distances(x.double()) for x in (student, teacher))
-    if len(distances) <= FEW or any(_far_apart(d) for d in (distances, targets)):
-        return student.double(), distances, targets
-    return student, distances.to(student.dtype), targets.to(student.dtype)
-
-
-def _distances(rows: Tensor) -> Tensor:
-    n = rows.shape[0]
-    if n >= 4:  # what the sweep over pairs takes
-        return distance_matrix(rows, "student_features", rows=n)
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    if len(student) > FEW:
+        distances, targets = (pair_distances(x) for x in (student, teacher))
+        if not any(_far_apart(d) for d in (distances, targets)):
+            return student, distances.to(student.dtype), targets.to(student.dtype)
+    student, teacher = student.double(), teacher.double()
+    return student, pair_distances(student), pair_distances(teacher)
 
 
 def _far_apart(distances: Tensor) -> bool:
