@@ -160,6 +160,27 @@ def test_options(backend: str, dtype: torch.dtype, case: str) -> None:
     check(*logits(9, 33, dtype, **how), **options)
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (2, 10), (3, 16), (4, 100)], ids=str)
+def test_few_rows(backend: str, shape: tuple[int, int]) -> None:
+    """Columns of two or three values correlate by nearly 1 or -1, and slopes are what is left."""
+    found, eager = [], []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        student, teacher = (torch.randn(shape, generator=generator) for _ in range(2))
+        leaf = student.clone().requires_grad_(True)
+        fastxkd.dist_loss(leaf, teacher, ce_weight=0.0).backward()
+        exact = by_autograd(student.double(), teacher.double(), None, {})[1]
+        eagers = by_autograd(student, teacher, None, {})[1]
+        for grad, errors in ((leaf.grad, found), (eagers, eager)):
+            errors.append((grad.double() - exact).norm() / exact.norm())
+    ours, theirs = (
+        torch.stack(x).quantile(torch.tensor([0.5, 0.9], dtype=torch.float64))
+        for x in (found, eager)
+    )
+    # The same operations in another order; SLACK would hide what is looked for here.
+    assert (ours <= 1.5 * theirs).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_and_columns_of_little_spread(backend: str, dtype: torch.dtype) -> None:
     """What is left without the mean is 1e-4 of it: raw sums of squares would lose it."""
@@ -281,6 +302,16 @@ def test_equal_rows_have_no_columns_to_correlate(
     loss.backward()
     assert loss == 2
     assert leaf.grad.abs().max() == 0
+
+
+def test_float16_gradients_outlive_the_mean(backend: str) -> None:
+    student, teacher, labels = logits(64, 4000, torch.float16)
+    leaf = student.requires_grad_(True)
+    (65536 * fastxkd.dist_loss(leaf, teacher, labels)).backward()
+    assert leaf.grad is not None
+    exact = 65536 * by_autograd(student.detach().double(), teacher.double(), labels, {})[1]
+    rounding = (exact.half().double() - exact).norm()
+    assert (leaf.grad.double() - exact).norm() <= 1.2 * rounding + 1e-5 * exact.norm()
 
 
 def test_many_rows_over_threads(backend: str) -> None:

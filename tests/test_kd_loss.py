@@ -290,6 +290,65 @@ def test_bad_value_stays_in_its_row(
     assert torch.equal(leaf.grad[rest], clean[rest])
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd", "dkd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 4.0])
+def test_logits_far_apart(backend: str, temperature: float, divergence: str) -> None:
+    """Whatever the first logits of a row say of where it lies, the others say otherwise."""
+    student, teacher, labels = logits(12, 100, torch.float32)
+    for row, far in enumerate((-1e4, -200.0, -90.0, 90.0, 200.0, 1e4)):
+        student[2 * row, :20] += far
+        teacher[2 * row, :20] += far
+        student[2 * row + 1, 20:] += far
+        teacher[2 * row + 1, 20:] += far
+    options: dict[str, Any] = {"temperature": temperature, "divergence": divergence}
+    if divergence == "dkd":
+        options.update(alpha=1.0, beta=8.0)
+    check(student, teacher, labels, options)
+
+
+@pytest.mark.parametrize("far", [1e10, -1e10, torch.finfo(torch.float32).min], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 2.5])
+def test_rows_far_from_0(backend: str, temperature: float, far: float) -> None:
+    """A row all masked with a large number instead of -inf: a softmax does not see the shift."""
+    student, teacher, labels = logits(4, 100, torch.float32)
+    student[1], teacher[1] = far, far
+    student[2], teacher[2] = far, far
+    student[2, 7] = teacher[2, 7] = far / 2
+    leaf = student.requires_grad_(True)
+    rows = fastxkd.kd_loss(leaf, teacher, labels, temperature=temperature, reduction="none")
+    rows.sum().backward()
+    options = by_row({"temperature": temperature})
+    exact, slopes = oracle(leaf.detach().double(), teacher.double(), labels, options)
+    torch.testing.assert_close(rows.detach().double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), slopes, rtol=1e-5, atol=1e-6)
+
+
+def test_a_temperature_near_0(backend: str) -> None:
+    student, teacher, labels = logits(4, 33, torch.float32, scale=3000)
+    rows = fastxkd.kd_loss(student, teacher, labels, temperature=1e-6, reduction="none")
+    exact = fastxkd.kd_loss(
+        student.double(), teacher.double(), labels, temperature=1e-6, reduction="none"
+    )
+    torch.testing.assert_close(rows.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd", "dkd"])
+def test_float16_gradients_outlive_the_mean(backend: str, divergence: str) -> None:
+    """A GradScaler multiplies the loss so that small gradients survive; most of these would be
+    lost in float16 before its factor came back."""
+    student, teacher, labels = logits(64, 4000, torch.float16)
+    options: dict[str, Any] = {"divergence": divergence}
+    if divergence == "dkd":
+        options.update(alpha=1.0, beta=8.0)
+    leaf = student.requires_grad_(True)
+    (65536 * call(leaf, teacher, labels, options)).backward()
+    assert leaf.grad is not None
+    _, exact = oracle(leaf.detach().double(), teacher.double(), labels, options)
+    exact = 65536 * exact
+    rounding = (exact.half().double() - exact).norm()
+    assert (leaf.grad.double() - exact).norm() <= 1.2 * rounding + 1e-6 * exact.norm()
+
+
 def test_class_masked_in_student_only_is_infinite(backend: str) -> None:
     """The teacher gives a class probability that the student cannot have: KL is infinite."""
     student, teacher, _ = logits(4, 8, torch.float32)

@@ -274,7 +274,50 @@ DTYPE_MISMATCH: dict[str, Case] = {
     ),
 }
 
+LOGIT_LOSSES = (fastxkd.KDLoss, fastxkd.DKDLoss, fastxkd.DISTLoss)
 OPTIONS: dict[str, Case] = {
+    **{
+        f"{loss.__name__} {name} {value}": (
+            lambda loss=loss, name=name, value=value: loss(**{name: value}),
+            error,
+            f"{name}: expected {expected}",
+        )
+        for loss in (*LOGIT_LOSSES, fastxkd.LinearKDLoss)
+        for name, value, error, expected in (
+            ("class_weight", [1.0], TypeError, "a Tensor or None, got list"),
+            ("class_weight", torch.ones(2, 2), ValueError, r".*\[classes\], got \[2, 2\]"),
+            ("class_weight", torch.ones(2, dtype=torch.long), ValueError, ".*got .* torch.int64"),
+            ("teacher_weights", 0.5, TypeError, "a sequence of numbers.*got 0.5"),
+            ("teacher_weights", "ab", TypeError, "a sequence of numbers.*got 'ab'"),
+            ("teacher_weights", ["a"], TypeError, "a number, got str"),
+            ("teacher_weights", [0.0, 0.0], ValueError, "finite numbers of at least 0, not all 0"),
+        )
+        if not (name == "teacher_weights" and loss is fastxkd.LinearKDLoss)
+    },
+    **{
+        f"LinearKDLoss {name} {value}": (
+            lambda name=name, value=value: fastxkd.LinearKDLoss(**{name: value}),
+            error,
+            f"{name}: expected {expected}",
+        )
+        for name, value, error, expected in (
+            ("chunk_rows", 0, ValueError, "at least 1, got 0"),
+            ("chunk_rows", 1.5, TypeError, "an int or None, got float"),
+            ("accumulate_dtype", "float32", TypeError, "a torch.dtype or None, got str"),
+        )
+    },
+    **{
+        f"temperature 1e7 of {loss.__name__}": (
+            lambda loss=loss, models=models: loss(*models, temperature=1e7),
+            ValueError,
+            "temperature: expected a number from 1e-06 to 1e\\+06, got 10000000",
+        )
+        for loss, models in (
+            *((loss, ()) for loss in (*LOGIT_LOSSES, fastxkd.LinearKDLoss, fastxkd.CKDLoss)),
+            *((loss, (NET, NET)) for loss in (fastxkd.KDIGALoss, fastxkd.MixKDLoss)),
+            (fastxkd.E2KDLoss, (NET, None, ["0"], None)),
+        )
+    },
     **{
         f"temperature {t}": (
             lambda t=t: kd(temperature=t),

@@ -40,7 +40,7 @@ void prepare(const KDLossArgs& a, int64_t i, F* out, F* work) {
     spread<X, F>(a, model, i, work);
     F highest = -(F)INFINITY;
     for (int64_t j = 0; j < a.classes; ++j) highest = work[j] > highest ? work[j] : highest;
-    const Exponent<F> z(highest, factor);
+    const Exponent<F> z(highest, factor, false);
     double sum = 0;
     for (int64_t k = 0; k < a.classes; k += kBlock) {
       const int64_t n = a.classes - k < kBlock ? a.classes - k : kBlock;
@@ -48,7 +48,7 @@ void prepare(const KDLossArgs& a, int64_t i, F* out, F* work) {
       F* x = work + k;
 #pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < n; ++j) {
-        x[j] = exp2_of((F)z(x[j]));
+        x[j] = exp2_of(z.template of<false>(x[j]));
         part += x[j];
       }
       sum += part;

@@ -43,9 +43,8 @@ struct Columns {
   }
 
   // Columns [at, at + count) of more rows, of weight `more`; `weight` is what was there before.
-  template <class F>
-  void merge(int64_t at, int64_t count, double more, const F* mean_q, const F* mean_p, const F* sqq,
-             const F* spp, const F* sqp) {
+  void merge(int64_t at, int64_t count, double more, const double* mean_q, const double* mean_p,
+             const double* sqq, const double* spp, const double* sqp) {
     const double share = more / (weight + more), between = weight * share;
     double *to_q = q + at, *to_p = p + at, *to_qq = qq + at, *to_pp = pp + at, *to_qp = qp + at;
 #pragma omp simd
@@ -60,8 +59,9 @@ struct Columns {
   }
 };
 
-// Adds a block of rows: q and p [rows, stride] with their weights. A mean starts from the first
-// row: rows that are equal must leave nothing, since 1 / kEps would make much of it.
+// Adds a block of rows: q and p [rows, stride] with their weights. Everything is measured from the
+// first row, so that what is rounded is of the size of the spread: a correlation that is nearly 1,
+// or norms as small as kEps, would make much of the last digit of a mean.
 template <class F>
 void add_block(const F* q, const F* p, int64_t stride, const F* weights, int64_t rows,
                int64_t classes, Columns* columns) {
@@ -71,45 +71,52 @@ void add_block(const F* q, const F* p, int64_t stride, const F* weights, int64_t
   const F inverse = (F)(1 / total);
   for (int64_t at = 0; at < classes; at += kTile) {
     const int64_t n = classes - at < kTile ? classes - at : kTile;
+    const F *first_q = q + at, *first_p = p + at;
     F mean_q[kTile] = {}, mean_p[kTile] = {}, qq[kTile] = {}, pp[kTile] = {}, qp[kTile] = {};
     for (int64_t r = 1; r < rows; ++r) {
       const F w = weights[r] * inverse;
-      const F *of_q = q + r * stride + at, *of_p = p + r * stride + at;
+      const F *of_q = first_q + r * stride, *of_p = first_p + r * stride;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
-        mean_q[j] += w * (of_q[j] - q[at + j]);
-        mean_p[j] += w * (of_p[j] - p[at + j]);
+        mean_q[j] += w * (of_q[j] - first_q[j]);
+        mean_p[j] += w * (of_p[j] - first_p[j]);
       }
-    }
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      mean_q[j] += q[at + j];
-      mean_p[j] += p[at + j];
     }
     for (int64_t r = 0; r < rows; ++r) {
       const F w = weights[r];
-      const F *of_q = q + r * stride + at, *of_p = p + r * stride + at;
+      const F *of_q = first_q + r * stride, *of_p = first_p + r * stride;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
-        const F u = of_q[j] - mean_q[j], v = of_p[j] - mean_p[j], wu = w * u;
-        qq[j] += wu * u;
+        const F u = of_q[j] - first_q[j] - mean_q[j], v = of_p[j] - first_p[j] - mean_p[j];
+        qq[j] += w * u * u;
         pp[j] += w * v * v;
-        qp[j] += wu * v;
+        qp[j] += w * u * v;
       }
     }
-    columns->merge(at, n, total, mean_q, mean_p, qq, pp, qp);
+    double moments[Columns::kArrays][kTile];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      moments[0][j] = (double)first_q[j] + (double)mean_q[j];
+      moments[1][j] = (double)first_p[j] + (double)mean_p[j];
+      moments[2][j] = qq[j];
+      moments[3][j] = pp[j];
+      moments[4][j] = qp[j];
+    }
+    columns->merge(at, n, total, moments[0], moments[1], moments[2], moments[3], moments[4]);
   }
   columns->weight += total;
 }
 
-// e^x and w become q and p.
+// q and p, the latter in place of w. Stored: products that the compiler keeps unrounded would not
+// be those that the moments were made of.
 template <class X, class F>
-void normalise(const Row<X, F>& row, const Sums& sums) {
+void normalise(const Row<X, F>& row, const Sums& sums, F* q) {
   const F on_q = (F)(1 / sums.student), on_p = (F)(1 / sums.teacher);
-  F *q = row.exp_student, *p = row.weight;
+  const F* es = row.exp_student;
+  F* p = row.weight;
 #pragma omp simd
   for (int64_t j = 0; j < row.classes; ++j) {
-    q[j] *= on_q;
+    q[j] = es[j] * on_q;
     p[j] *= on_p;
   }
 }
@@ -136,32 +143,32 @@ Correlation along_row(const F* q, const F* p, int64_t classes) {
   return correlation(qp, qq, pp);
 }
 
-// What a column adds to the slope: on_q (q - mean_q) + on_p (p - mean_p).
+// What a column adds to the slope: on_q (q - mean_q) + on_p (p - mean_p), the means in two parts.
 template <class F>
 struct ColumnSlopes {
-  F *on_q, *on_p, *mean_q, *mean_p;  // [classes] each
+  F *on_q, *on_p, *mean_q, *mean_p, *rest_q, *rest_p;  // [classes] each
+  static constexpr int64_t kArrays = 6;
 };
 
-// w becomes the row's slope; returns its mean under q.
+// w, which holds p, becomes the row's slope; returns its mean under q.
 template <class X, class F>
-double slopes(const Row<X, F>& row, const Sums& sums, double pull, double push,
+double slopes(const Row<X, F>& row, const F* of_student, double pull, double push,
               const ColumnSlopes<F>& columns) {
-  const F on_q = (F)(1 / sums.student), on_p = (F)(1 / sums.teacher);
   const F of_q = (F)pull, of_p = (F)-push, mean = (F)(1.0 / (double)row.classes);
   double total = 0;
   for (int64_t k = 0; k < row.classes; k += kBlock) {
     const int64_t n = row.classes - k < kBlock ? row.classes - k : kBlock;
-    const F* es = row.exp_student + k;
+    const F* q = of_student + k;
     F* w = row.weight + k;
     const F *g = columns.on_q + k, *d = columns.on_p + k;
     const F *mean_q = columns.mean_q + k, *mean_p = columns.mean_p + k;
+    const F *rest_q = columns.rest_q + k, *rest_p = columns.rest_p + k;
     F sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) {
-      const F q = es[j] * on_q, p = w[j] * on_p;
-      const F slope =
-          of_q * (q - mean) + of_p * (p - mean) + g[j] * (q - mean_q[j]) + d[j] * (p - mean_p[j]);
-      sum += q * slope;
+      const F p = w[j], u = q[j] - mean_q[j] - rest_q[j], v = p - mean_p[j] - rest_p[j];
+      const F slope = of_q * (q[j] - mean) + of_p * (p - mean) + g[j] * u + d[j] * v;
+      sum += q[j] * slope;
       w[j] = slope;
     }
     total += sum;
@@ -229,12 +236,13 @@ int64_t run(Batch<S>& batch, int threads) {
   const size_t lines_bytes = (batch.lines + 2 * (size_t)block) * batch.line;
   const size_t columns_bytes = align64(sizeof(double) * (size_t)(Columns::kArrays * classes));
   const size_t per_thread = lines_bytes + columns_bytes;
-  Scratch scratch(terms_bytes + 4 * batch.line + per_thread * (size_t)n_threads +
-                  align64(sizeof(Columns) * (size_t)n_threads));
+  Scratch scratch(terms_bytes + (size_t)ColumnSlopes<F>::kArrays * batch.line +
+                  per_thread * (size_t)n_threads + align64(sizeof(Columns) * (size_t)n_threads));
   if (!scratch.ok()) return kNoMemory;
   RowTerms* terms = scratch.as<RowTerms>();
   F* slope_lines = scratch.as<F>(terms_bytes);
-  const size_t line = batch.line / sizeof(F), first = terms_bytes + 4 * batch.line;
+  const size_t line = batch.line / sizeof(F),
+               first = terms_bytes + (size_t)ColumnSlopes<F>::kArrays * batch.line;
   Columns* columns = scratch.as<Columns>(first + per_thread * (size_t)n_threads);
   const int64_t share = (rows + n_threads - 1) / n_threads;
   const auto counts = [&](int64_t i) { return batch.counts(i) && batch.weight_of(i) != 0; };
@@ -256,9 +264,9 @@ int64_t run(Batch<S>& batch, int threads) {
       row.exp_student = q + (size_t)filled * line;
       row.weight = p + (size_t)filled * line;
       cut(&row, true, -1);
-      Exponents<F> z = {{0, 1}, {0, 1}, {0, 1}};
+      Exponents<F> z;
       const Sums sums = sweep(batch.power, row, a.temperature, &z);
-      normalise(row, sums);
+      normalise(row, sums, row.exp_student);
       const Correlation along = along_row(row.exp_student, row.weight, classes);
       terms[i] = RowTerms{0, along.rho, along.pull, along.push};
       if (batch.hard) terms[i].hard = hard_of(batch, i, row, z, sums).loss;
@@ -278,8 +286,10 @@ int64_t run(Batch<S>& batch, int threads) {
     all.merge(0, classes, c.weight, c.q, c.p, c.qq, c.pp, c.qp);
     all.weight += c.weight;
   }
-  const ColumnSlopes<F> on = {slope_lines, slope_lines + line, slope_lines + 2 * line,
-                              slope_lines + 3 * line};
+  ColumnSlopes<F> on;
+  F** arrays[] = {&on.on_q, &on.on_p, &on.mean_q, &on.mean_p, &on.rest_q, &on.rest_p};
+  for (int64_t k = 0; k < ColumnSlopes<F>::kArrays; ++k)
+    *arrays[k] = slope_lines + (size_t)k * line;
   double rho = 0;
   for (int64_t j = 0; j < classes; ++j) {
     const Correlation c = correlation(all.qp[j], all.qq[j], all.pp[j]);
@@ -288,6 +298,8 @@ int64_t run(Batch<S>& batch, int threads) {
     on.on_p[j] = (F)(-a.beta / (double)classes * c.push);
     on.mean_q[j] = (F)all.q[j];
     on.mean_p[j] = (F)all.p[j];
+    on.rest_q[j] = (F)(all.q[j] - (double)on.mean_q[j]);
+    on.rest_p[j] = (F)(all.p[j] - (double)on.mean_p[j]);
   }
 
   double hard_sum = 0, inter = 0;
@@ -324,9 +336,12 @@ int64_t run(Batch<S>& batch, int threads) {
       Row<X, F> row;
       Source::read(batch, i, work, &row);
       cut(&row, true, -1);
-      Exponents<F> z = {{0, 1}, {0, 1}, {0, 1}};
+      Exponents<F> z;
       const Sums sums = sweep(batch.power, row, a.temperature, &z);
-      const double mean = slopes(row, sums, on_row * terms[i].pull, on_row * terms[i].push, on);
+      F* of_student = row.ratio;
+      normalise(row, sums, of_student);
+      const double mean =
+          slopes(row, of_student, on_row * terms[i].pull, on_row * terms[i].push, on);
       const Hard hard = batch.hard ? hard_of(batch, i, row, z, sums) : Hard{0, 0, 0, 0};
       const Slope<F> slope = {(F)(batch.hard ? on_hard * hard.on_sum / sums.hard : 0), (F)mean,
                               (F)(scale * weight / sums.student)};

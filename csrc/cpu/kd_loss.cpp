@@ -147,7 +147,7 @@ FXK_INLINE double kl_term(double log_p, double log_q) {
 template <class X, class F>
 struct Swept {
   Row<X, F> row;
-  Exponents<F> z = {{0, 1}, {0, 1}, {0, 1}};
+  Exponents<F> z;
   Sums sums;
   int64_t i;
 };
@@ -167,7 +167,7 @@ FXK_INLINE RowLoss finish(const Swept<X, F>& swept, const KDLossArgs& a, int64_t
   if (kSoft) {
     soft = divergence<X, F, kWeight, false>(row, a, z, sums);
     if (kWeight == kMixed && soft.value - soft.value != 0) {  // w has been overwritten
-      row_sums<X, F, kPower, kWeight, false>(row, z);
+      sweep_again<X, F, kPower, kWeight>(row, z);
       soft = divergence<X, F, kWeight, true>(row, a, z, sums);
     }
     if (decoupled) {
@@ -291,9 +291,9 @@ int64_t run(const KDLossArgs& a, int threads) {
   using F = typename Compute<S>::type;
   const int64_t rows = a.rows, classes = a.classes;
   Batch<S> batch(a);
+  if (batch.soft && a.divergence == kDIST) return dist(a, threads);
   const int64_t status = batch.count();
   if (status != kOk) return status;
-  if (batch.soft && a.divergence == kDIST) return dist(a, threads);
   // Two exponentials are the work of several plain operations.
   const int n_threads = useful_threads(threads, 3 * rows * classes, rows);
   const size_t losses = align64(sizeof(RowLoss) * (size_t)rows);

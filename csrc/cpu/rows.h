@@ -11,32 +11,32 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // z = (x - shift) * factor. With a fused multiply-add that is one instruction: the product is
 // exact, and the rounding of the offset is common to the row, where it cancels against the row's
-// sum.
+// sum. Of logits so large that it does not, the shift is taken off first.
 template <class F>
 struct Exponent {
   F shift, factor, offset;
-  Exponent(F shift_, double factor_) : shift(shift_), factor((F)factor_), offset(-shift * factor) {}
-  template <class V>
-  inline __attribute__((always_inline)) V operator()(V x) const {
+  bool fused;
+  Exponent(F shift_, double factor_, bool fused_)
+      : shift(shift_), factor((F)factor_), offset(-shift * factor), fused(fused_) {}
+  template <bool kFused, class V>
+  inline __attribute__((always_inline)) V of(V x) const {
 #if defined(__FMA__)
-    return x * factor + offset;
-#else
-    return (x - shift) * factor;
+    if (kFused) return x * factor + offset;
 #endif
+    return (x - shift) * factor;
   }
   // The shift in effect, that rounding included.
   double exact_shift() const {
 #if defined(__FMA__)
-    return -(double)offset / (double)factor;
-#else
-    return (double)shift;
+    if (fused) return -(double)offset / (double)factor;
 #endif
+    return (double)shift;
   }
 };
 
 template <class F>
 struct Exponents {
-  Exponent<F> student, teacher, hard;
+  Exponent<F> student = {0, 1, true}, teacher = {0, 1, true}, hard = {0, 1, true};
 };
 
 // A row in pieces of which each can be loaded as vectors: the head, for the decoupled loss the
@@ -146,7 +146,7 @@ FXK_INLINE typename Compute<X>::type first_max(const X* x) {
 // The shifts of the exponents: the maxima, or, quickly, the maxima over the first vector. An
 // exponential above 1 does no harm; should a sum overflow, the row is done again.
 template <class X, class F>
-Exponents<F> exponents(const Row<X, F>& row, bool soft, double factor, bool quick) {
+Exponents<F> exponents(const Row<X, F>& row, bool soft, double factor, bool quick, bool fused) {
   F highest = -(F)INFINITY, highest_teacher = highest;
   row.each([&](const X* s, const X* t, int64_t at, int64_t count) {
     if (quick) {
@@ -159,11 +159,11 @@ Exponents<F> exponents(const Row<X, F>& row, bool soft, double factor, bool quic
     }
   });
   const bool nothing = highest == -(F)INFINITY || (soft && highest_teacher == -(F)INFINITY);
-  if (quick && nothing) return exponents(row, soft, factor, false);
+  if (quick && nothing) return exponents(row, soft, factor, false, fused);
   // A row without any class: its sums come out as 0.
   if (highest == -(F)INFINITY) highest = 0;
   if (!soft || highest_teacher == -(F)INFINITY) highest_teacher = 0;
-  return {{highest, factor}, {highest_teacher, factor}, {highest, kLog2E}};
+  return {{highest, factor, fused}, {highest_teacher, factor, fused}, {highest, kLog2E, fused}};
 }
 
 template <int kPower, class V>
@@ -195,7 +195,7 @@ FXK_INLINE V exponential(V z) {
 // kPower: T when it is 1..4, 0 for any other temperature; -1: no hard part.
 // kMasked: a class that the weighing distribution does not have adds nothing, whatever the other
 // says; without the guard an infinite logit gives 0 * inf.
-template <class X, class F, int kPower, int kWeight, bool kMasked>
+template <class X, class F, int kPower, int kWeight, bool kMasked, bool kFused>
 FXK_INLINE void exponentials(const X* s, const X* t, int64_t count, const Exponents<F>& exponents,
                              F* es, F* w, F* eh, F* ratio, Adder<F>* adder) {
   using V = typename Lane<F>::type;
@@ -205,18 +205,18 @@ FXK_INLINE void exponentials(const X* s, const X* t, int64_t count, const Expone
     Terms<F> terms = {};
     V logit;
     get(s + j, &logit);
-    const V x = z.student(logit), soft = exponential<kWeight>(x);
+    const V x = z.student.template of<kFused>(logit), soft = exponential<kWeight>(x);
     put(es + j, soft);
     terms.student = soft;
     if (kPower > 0) terms.hard = power<kPower>(soft);
     if (kPower == 0) {
-      terms.hard = exp2_of(z.hard(logit));
+      terms.hard = exp2_of(z.hard.template of<kFused>(logit));
       put(eh + j, terms.hard);
     }
     if (kWeight != kNone) {
       V teacher;
       get(t + j, &teacher);
-      const V y = z.teacher(teacher), p = exponential<kWeight>(y);
+      const V y = z.teacher.template of<kFused>(teacher), p = exponential<kWeight>(y);
       terms.teacher = p;
       if (kWeight == kPlain) terms.dot = p * (kMasked ? unless_zero(p, y - x) : y - x);
       const V apart = kMasked ? unless_zero(soft, x - y) : x - y;
@@ -228,7 +228,7 @@ FXK_INLINE void exponentials(const X* s, const X* t, int64_t count, const Expone
   });
 }
 
-template <class X, class F, int kPower, int kWeight, bool kMasked>
+template <class X, class F, int kPower, int kWeight, bool kMasked, bool kFused>
 Sums row_sums(const Row<X, F>& row, const Exponents<F>& z) {
   constexpr bool kGuard = kWeight == kPlain || kWeight == kCross;
   Adder<F> adder;
@@ -236,16 +236,31 @@ Sums row_sums(const Row<X, F>& row, const Exponents<F>& z) {
     F *es = row.exp_student + at, *w = row.weight + at, *eh = row.exp_hard + at;
     F* ratio = row.ratio + at;
     if (s != row.s + at) {  // patch and tail hold -inf
-      exponentials<X, F, kPower, kWeight, kGuard>(s, t, count, z, es, w, eh, ratio, &adder);
+      exponentials<X, F, kPower, kWeight, kGuard, kFused>(s, t, count, z, es, w, eh, ratio, &adder);
       return;
     }
     for (int64_t j = 0; j < count; j += kBlock) {
       const int64_t n = count - j < kBlock ? count - j : kBlock;
-      exponentials<X, F, kPower, kWeight, kMasked>(s + j, t + j, n, z, es + j, w + j, eh + j,
-                                                   ratio + j, &adder);
+      exponentials<X, F, kPower, kWeight, kMasked, kFused>(s + j, t + j, n, z, es + j, w + j,
+                                                           eh + j, ratio + j, &adder);
     }
   });
   return adder.total();
+}
+
+// With every guard, or as it was.
+template <class X, class F, int kPower, int kWeight>
+Sums sweep_again(const Row<X, F>& row, const Exponents<F>& z) {
+  constexpr bool kGuard = kWeight == kPlain || kWeight == kCross;
+  if (z.student.fused) return row_sums<X, F, kPower, kWeight, false, true>(row, z);
+  return row_sums<X, F, kPower, kWeight, kGuard, false>(row, z);
+}
+
+// A sum by which numbers of the row may be divided, and an offset that is rounded by less than 1.
+FXK_INLINE bool sound(double sum) { return sum > 0 && sum < 0x1p45; }
+template <class F>
+FXK_INLINE bool near_0(F offset) {
+  return offset < (F)0x1p22 && offset > (F)-0x1p22;
 }
 
 // The sums and what is left in scratch, whatever the logits hold. Exponents are base 2:
@@ -259,17 +274,17 @@ FXK_INLINE Sums first_sweep(const Row<X, F>& row, double temperature, Exponents<
 #else
   const bool quick = false;  // these exponentials do not saturate
 #endif
-  *z = exponents(row, kSoft, factor, quick);
-  Sums sums = row_sums<X, F, kPower, kWeight, false>(row, *z);
-  // Not finite: infinite logits gave 0 * inf, or the quick shift was too low. Both are rare and
-  // their guards cost a tenth of the loop, so such rows are done again.
-  const double all = sums.hard + sums.student + sums.teacher + sums.dot;
-  if (all - all != 0) {
-    constexpr bool kGuard = kWeight == kPlain || kWeight == kCross;
-    *z = exponents(row, kSoft, factor, false);
-    sums = row_sums<X, F, kPower, kWeight, kGuard>(row, *z);
-  }
-  return sums;
+  *z = exponents(row, kSoft, factor, quick, true);
+  const Sums sums = row_sums<X, F, kPower, kWeight, false, true>(row, *z);
+  const bool good = sound(sums.student) && (!kSoft || sound(sums.teacher)) &&
+                    (kPower < 0 || sound(sums.hard)) && sums.dot - sums.dot == 0 &&
+                    near_0(z->student.offset) && near_0(z->teacher.offset) &&
+                    near_0(z->hard.offset);
+  if (good) return sums;
+  // Infinite logits gave 0 * inf, the quick shift was too low, or the offset too large. All are
+  // rare and their guards cost a tenth of the loop, so such rows are done again.
+  *z = exponents(row, kSoft, factor, false, false);
+  return sweep_again<X, F, kPower, kWeight>(row, *z);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastxkd.ops._library import unobserved
+from fastxkd.ops._logits import check_number
 
 Features = Tensor | Sequence[Tensor]
 NAMES = ("student_features", "teacher_features")
@@ -102,30 +103,16 @@ def check_precision(name: str, features: Tensor, parameters: Tensor) -> None:
         )
 
 
-def check_real(name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(
-            f"{name}: expected a number, got a tensor that requires grad; its gradient is not"
-            " computed"
-        )
-    try:
-        if isinstance(value, str):
-            raise TypeError
-        float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
-
-
 def check_positive(**values: float) -> None:
     for name, value in values.items():
-        check_real(name, value)
+        check_number(name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
 def check_factors(**values: float) -> None:
     for name, value in values.items():
-        check_real(name, value)
+        check_number(name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
 

@@ -12,12 +12,12 @@ from fastxkd.losses._checks import (
     check_generator,
     check_labels,
     check_pair,
-    check_positive,
     check_rows,
 )
 from fastxkd.losses._criterion import Criterion
 from fastxkd.losses._soft import soft_loss
 from fastxkd.ops._library import exact_dtype
+from fastxkd.ops._logits import check_temperature
 
 __all__ = ["CKDLoss", "ckd_loss"]
 
@@ -75,7 +75,7 @@ def ckd_loss(
         labels: int64 class indices ``[n]``.
         relations: how many to draw; as many as rows by default.
         positives, negatives: samples in P and in N, all of a relation different: n must hold them.
-        temperature: T, above 0.
+        temperature: T, from 1e-6 to 1e6.
         generator: draws the relations; torch's default one otherwise.
 
     Returns:
@@ -133,7 +133,7 @@ def _check_options(
 ) -> None:
     check_counts(relations=1 if relations is None else relations)
     check_counts(positives=positives, negatives=negatives)
-    check_positive(temperature=temperature)
+    check_temperature(temperature)
     check_generator(generator)
 
 

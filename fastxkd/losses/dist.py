@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastxkd.losses._criterion import Criterion
-from fastxkd.ops._logits import check_options
+from fastxkd.ops._logits import check_kept, check_options
 from fastxkd.ops.kd_loss import KDLossParts, loss_of_logits
 
 __all__ = ["DISTLoss", "dist_loss"]
@@ -130,6 +130,7 @@ class DISTLoss(Criterion):
             "batchmean",
             offered=("dist",),
         )
+        check_kept(class_weight, teacher_weights)
         super().__init__(
             temperature=temperature,
             ce_weight=ce_weight,

@@ -26,11 +26,11 @@ from fastxkd.losses._checks import (
     check_float,
     check_guidance,
     check_logits,
-    check_positive,
 )
 from fastxkd.losses._criterion import Criterion
 from fastxkd.losses._soft import soft_loss
 from fastxkd.ops._library import exact_dtype
+from fastxkd.ops._logits import check_temperature
 from fastxkd.ops._rows import unit_rows
 
 __all__ = [
@@ -440,7 +440,7 @@ class E2KDLoss(Criterion):
         method: str = "gradcam",
         every: int = 1,
     ) -> None:
-        check_positive(temperature=temperature)
+        check_temperature(temperature)
         check_factors(weight=weight)
         check_choice("method", method, list(EXPLAINERS))
         check_counts(every=every)

@@ -30,10 +30,10 @@ from fastxkd.losses._checks import (
     check_pair,
     check_positive,
     check_precision,
-    check_real,
 )
 from fastxkd.losses._criterion import Criterion
 from fastxkd.ops._library import differentiable_once, exact_dtype
+from fastxkd.ops._logits import check_number
 from fastxkd.ops._rows import at_hand, ordinary, power_of_two, unit_rows
 
 __all__ = ["ATLoss", "FitNetLoss", "VIDLoss", "at_loss", "fitnet_loss", "vid_loss"]
@@ -269,7 +269,7 @@ def _attention(features: Tensor, p: float, exact: torch.dtype) -> Tensor:
 
 
 def _check_power(p: float) -> None:
-    check_real("p", p)
+    check_number("p", p)
     if not 1 <= p < math.inf:
         raise ValueError(f"p: expected a finite number of at least 1, got {p}")
 
@@ -380,7 +380,7 @@ class VIDLoss(nn.Module):
             student_channels=student_channels, teacher_channels=teacher_channels, mid_channels=mid
         )
         check_positive(eps=eps)
-        check_real("initial_variance", initial_variance)
+        check_number("initial_variance", initial_variance)
         if not eps < initial_variance < math.inf:
             raise ValueError(
                 f"initial_variance: expected a finite number above eps, {eps},"

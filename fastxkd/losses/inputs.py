@@ -26,6 +26,7 @@ from fastxkd.losses._checks import (
 from fastxkd.losses._criterion import Criterion
 from fastxkd.losses._soft import soft_loss
 from fastxkd.ops._library import exact_dtype
+from fastxkd.ops._logits import check_temperature
 
 __all__ = ["KDIGALoss", "KDIGAParts", "MixKDLoss", "MixKDParts", "kdiga_loss", "mixkd_loss"]
 
@@ -150,7 +151,7 @@ def _check_kdiga(
     alignment_weight: float,
     squared: bool,
 ) -> None:
-    check_positive(temperature=temperature)
+    check_temperature(temperature)
     check_factors(ce_weight=ce_weight, kd_weight=kd_weight, alignment_weight=alignment_weight)
     check_flags(squared=squared)
 
@@ -313,7 +314,8 @@ def _check_mixkd(
     temperature: float,
     generator: torch.Generator | None,
 ) -> None:
-    check_positive(alpha=alpha, temperature=temperature)
+    check_positive(alpha=alpha)
+    check_temperature(temperature)
     check_factors(ce_weight=ce_weight, mix_weight=mix_weight, kd_weight=kd_weight)
     check_choice("distance", distance, DISTANCES)
     check_generator(generator)

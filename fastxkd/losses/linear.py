@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastxkd.losses._criterion import Criterion
 from fastxkd.losses.logits import KDLossParts
-from fastxkd.ops._logits import check_options
-from fastxkd.ops.linear_kd_loss import linear_kd_loss_parts
+from fastxkd.ops._logits import check_kept, check_options
+from fastxkd.ops.linear_kd_loss import check_chunks, linear_kd_loss_parts
 
 __all__ = ["LinearKDLoss", "linear_kd_loss"]
 
@@ -168,6 +168,8 @@ class LinearKDLoss(Criterion):
             "logits",
             reduction,
         )
+        check_kept(class_weight)
+        check_chunks(chunk_rows, accumulate_dtype)
         super().__init__(
             temperature=temperature,
             ce_weight=ce_weight,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastxkd.losses._criterion import Criterion
-from fastxkd.ops._logits import check_options
+from fastxkd.ops._logits import check_kept, check_options
 from fastxkd.ops.kd_loss import KDLossParts, loss_of_logits
 
 __all__ = ["DKDLoss", "KDLoss", "KDLossParts", "dkd_loss", "kd_loss"]
@@ -68,9 +68,9 @@ def kd_loss(
         label_smoothing: as in ``torch.nn.functional.cross_entropy``; in [0, 1].
         class_weight: ``[classes]`` weights of the cross-entropy, whose mean is then weighted, as in
             ``cross_entropy(weight=...)``. The soft part is not weighted.
-        row_weight: ``[...]`` floating-point weights of the rows in both parts; ``"batchmean"``
-            divides by their sum, so that weights of 0 and 1 are a mask. A row of weight 0 must
-            still be finite; ``ignore_index`` leaves out rows that are not.
+        row_weight: ``[...]`` floating-point weights of the rows in both parts, at least 0 (not
+            checked); ``"batchmean"`` divides by their sum, so that weights of 0 and 1 are a mask. A
+            row of weight 0 must still be finite; ``ignore_index`` leaves out rows that are not.
         teacher_form: what ``teacher_logits`` holds: ``"logits"``, ``"log_probs"`` or ``"probs"``,
             the latter two as they are at T = 1; they are softened like logits.
         teacher_indices: int64 classes ``[..., k]``, distinct in a row (not checked), when
@@ -235,6 +235,7 @@ class KDLoss(Criterion):
             teacher_form,
             reduction,
         )
+        check_kept(class_weight, teacher_weights)
         super().__init__(
             temperature=temperature,
             ce_weight=ce_weight,
@@ -307,6 +308,7 @@ class DKDLoss(Criterion):
             reduction,
             offered=("dkd",),
         )
+        check_kept(class_weight, teacher_weights)
         super().__init__(
             temperature=temperature,
             ce_weight=ce_weight,

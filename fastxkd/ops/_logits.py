@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,28 @@ FORMS = {"logits": 0, "log_probs": 0, "probs": 1}
 INF = float("inf")
 # T^2 and what it is multiplied with must be numbers.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e6
+# A row's gradient is within ce_weight + kd_weight * T times alpha + beta; but these grow, with how
+# far the logits are apart and with how little the probabilities are.
+UNBOUNDED = {"reverse_kl": 64, "dist": 64}
+FLOAT16_ROOM = 1 << 14
+
+
+def lift_of_float16(
+    divergence: str,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    alpha: float,
+    beta: float,
+) -> float:
+    """The power of two with which a row's gradient, times its share in the mean, fits float16.
+
+    A mean over many rows and classes has gradients that float16 rounds to nothing, long before the
+    factor of a ``GradScaler``, which is there to save them, comes back with the upstream gradient.
+    """
+    parts = alpha + beta if divergence in WEIGHTS else 1.0
+    row = (ce_weight + kd_weight * temperature * parts) * UNBOUNDED.get(divergence, 1)
+    return 2.0 ** min(14, max(0, math.floor(math.log2(FLOAT16_ROOM / row)))) if row > 0 else 1.0
 
 
 def shares_of_teachers(weights: Sequence[float] | None, models: int) -> tuple[float, ...]:
@@ -29,16 +52,32 @@ def shares_of_teachers(weights: Sequence[float] | None, models: int) -> tuple[fl
         raise ValueError("teacher_logits: expected at least one teacher, got an empty sequence")
     if weights is None:
         return (1 / models,) * models
-    found = tuple(float(w) for w in weights)
+    found = check_teacher_weights(weights)
     if len(found) != models:
         raise ValueError(
             f"teacher_weights: expected one for each of the {models} teachers, got {len(found)}"
         )
+    return tuple(w / sum(found) for w in found)
+
+
+def check_teacher_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    try:
+        listed = [] if isinstance(weights, str) else list(weights)
+    except TypeError:
+        listed = []
+    if not listed:
+        raise TypeError(
+            "teacher_weights: expected a sequence of numbers, one for each teacher, or None,"
+            f" got {weights!r}"
+        )
+    for weight in listed:
+        check_number("teacher_weights", weight)
+    found = tuple(float(w) for w in listed)
     if not all(0 <= w < INF for w in found) or sum(found) == 0:
         raise ValueError(
             f"teacher_weights: expected finite numbers of at least 0, not all 0, got {list(found)}"
         )
-    return tuple(w / sum(found) for w in found)
+    return found
 
 
 def stacked(name: str, tensors: Tensor | Sequence[Tensor]) -> Tensor:
@@ -71,7 +110,6 @@ def check_options(
     """What a loss module can know of its options before it is called."""
     on_alpha, on_beta = WEIGHTS.get(divergence, ("alpha", "beta"))
     for name, value in (
-        ("temperature", temperature),
         ("ce_weight", ce_weight),
         ("kd_weight", kd_weight),
         (on_alpha, alpha),
@@ -79,14 +117,8 @@ def check_options(
         ("label_smoothing", label_smoothing),
     ):
         if type(value) not in (float, int):
-            _check_number(name, value)
-    if not 0 < temperature < INF:
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
-        raise ValueError(
-            f"temperature: expected a number from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g},"
-            f" got {temperature}"
-        )
+            check_number(name, value)
+    check_temperature(temperature)
     if not (0 <= ce_weight < INF and 0 <= kd_weight < INF):
         name, value = ("kd_weight", kd_weight)
         if not 0 <= ce_weight < INF:
@@ -118,6 +150,34 @@ def check_options(
         )
         raise ValueError(
             f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}{hint}"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature)
+    if not 0 < temperature < INF:
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+        raise ValueError(
+            f"temperature: expected a number from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g},"
+            f" got {temperature}"
+        )
+
+
+def check_kept(class_weight: Tensor | None, teacher_weights: Sequence[float] | None = None) -> None:
+    """What a loss module keeps beside its options."""
+    if teacher_weights is not None:
+        check_teacher_weights(teacher_weights)
+    if class_weight is None:
+        return
+    if not isinstance(class_weight, Tensor):
+        raise TypeError(
+            f"class_weight: expected a Tensor or None, got {type(class_weight).__name__}"
+        )
+    if class_weight.dim() != 1 or not class_weight.is_floating_point():
+        raise ValueError(
+            "class_weight: expected one floating-point weight per class, [classes], got"
+            f" {list(class_weight.shape)} {class_weight.dtype}"
         )
 
 
@@ -182,7 +242,7 @@ def check_tensors(
         _check_constant("class_weight", class_weight)
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(
             f"{name}: expected a number, got a tensor that requires grad; its gradient is not"

@@ -35,6 +35,7 @@ from fastxkd.ops._logits import (
     REDUCTIONS,
     check_options,
     check_tensors,
+    lift_of_float16,
     shares_of_teachers,
     stacked,
 )
@@ -384,7 +385,7 @@ def loss_of_logits(
     elif teacher_weights is not None:
         raise ValueError(
             "teacher_weights: expected None with one teacher, got"
-            f" {list(teacher_weights)}; several teachers are a list of tensors"
+            f" {teacher_weights!r}; several teachers are a list of tensors"
         )
     check_tensors(student, teacher, labels, class_weight, row_weight, indices, bool(weights))
     check_options(
@@ -422,6 +423,9 @@ def loss_of_logits(
     # The ends of the generalised JSD are the two KLs; the formula itself is 0 there.
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"
+    lift = 1.0
+    if need_grad and student.dtype == torch.float16 and reduction == "batchmean":
+        lift = lift_of_float16(divergence, temperature, ce_weight, kd_weight, alpha, beta)
     rest: tuple[Any, ...] = (
         teacher,
         labels,
@@ -431,8 +435,8 @@ def loss_of_logits(
         weights,
         FORMS[teacher_form],
         float(temperature),
-        float(ce_weight),
-        float(kd_weight),
+        float(ce_weight) * lift,
+        float(kd_weight) * lift,
         DIVERGENCES[divergence],
         float(alpha),
         float(beta),
@@ -450,6 +454,10 @@ def loss_of_logits(
         parts = kept[0] if kept else loss
     else:
         loss, parts, _ = _kd_loss(student, *rest, wants_parts=return_parts)
+    if lift != 1:
+        # What comes back from above is divided too, before it meets the gradient.
+        loss = loss / lift
+        parts = parts / lift if return_parts else loss
     if reduction == "none" and len(shape) != 1:
         loss = loss.reshape(shape)
         parts = parts.reshape(2, *shape) if return_parts else loss

@@ -25,7 +25,7 @@ from fastxkd.ops._library import (
     wants_function,
     wants_gradient,
 )
-from fastxkd.ops._logits import DIVERGENCES, REDUCTIONS, check_options
+from fastxkd.ops._logits import DIVERGENCES, REDUCTIONS, check_options, lift_of_float16
 from fastxkd.ops._transforms import one_by_one
 from fastxkd.ops.kd_loss import _kd_loss, _kd_loss_scale_
 
@@ -42,6 +42,7 @@ TENSORS, ROW_WEIGHT, REDUCTION, NEEDS = 9, 8, 16, 20  # positions in it
 # Rows of a chunk, each of which reads both heads and reads and writes the weight's gradient once
 # more: enough for the products to hide that. A GPU multiplies faster for the memory that it has.
 CHUNK_ROWS, CHUNK_ROWS_GPU = 512, 2048
+NAMES = {number: name for name, number in DIVERGENCES.items()}
 BLOCK = 1 << 20  # entries of a bfloat16 weight's gradient that are added up at a time
 SECOND_BACKWARD = (
     "linear_kd_loss: backward was called a second time; the gradients are handed on, not kept. "
@@ -130,6 +131,9 @@ def _linear_kd_loss(
     factor = 1.0
     if reduction == REDUCTIONS["batchmean"]:
         factor = 0.5 ** (rows - 1).bit_length()
+        if compute_dtype == torch.float16:  # one row may be all that counts
+            weights = (temperature, ce_weight, kd_weight, 0.0, 0.0)
+            factor = max(factor, 1 / lift_of_float16(NAMES[divergence], *weights))
         class_weight, row_weight = _weights_of_a_mean(
             labels, class_weight, row_weight, ignore_index, student_hidden, classes, 1 / factor
         )
@@ -419,11 +423,10 @@ def linear_kd_loss_parts(
     )
     shape = student_hidden.shape[:-1]
     _check_mean(reduction, shape)
+    check_chunks(chunk_rows, accumulate_dtype)
     accumulate = _accumulate_dtype(accumulate_dtype, compute)
     if chunk_rows is None:
         chunk_rows = CHUNK_ROWS if device == "cpu" else CHUNK_ROWS_GPU
-    else:
-        _check_chunk(chunk_rows)
     if student_hidden.dim() != 2:
         student_hidden = student_hidden.flatten(0, -2)
         teacher_hidden = teacher_hidden.flatten(0, -2)
@@ -472,10 +475,6 @@ def linear_kd_loss_parts(
 def _accumulate_dtype(asked: torch.dtype | None, compute: torch.dtype) -> torch.dtype:
     if asked is None:
         return exact_dtype(compute)
-    if not isinstance(asked, torch.dtype):
-        raise TypeError(
-            f"accumulate_dtype: expected a torch.dtype or None, got {type(asked).__name__}"
-        )
     known = dict.fromkeys((exact_dtype(compute), compute))
     if asked not in known:
         raise ValueError(f"accumulate_dtype: expected {' or '.join(map(str, known))}, got {asked}")
@@ -557,8 +556,15 @@ def _check_mean(reduction: str, shape: torch.Size) -> None:
         )
 
 
-def _check_chunk(chunk_rows: int) -> None:
-    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-        raise TypeError(f"chunk_rows: expected an int or None, got {type(chunk_rows).__name__}")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+def check_chunks(chunk_rows: int | None, accumulate_dtype: torch.dtype | None) -> None:
+    """What can be known of the two before there is a batch."""
+    if chunk_rows is not None:
+        if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+            raise TypeError(f"chunk_rows: expected an int or None, got {type(chunk_rows).__name__}")
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    if accumulate_dtype is not None and not isinstance(accumulate_dtype, torch.dtype):
+        raise TypeError(
+            "accumulate_dtype: expected a torch.dtype or None, got"
+            f" {type(accumulate_dtype).__name__}"
+        )

@@ -36,8 +36,8 @@ def dist(
         slope += alpha * share * weight * (pull * u - push * v)
     if beta != 0:
         # From the first row that counts: equal rows must leave nothing for 1 / EPS to magnify.
-        first = counts[:, 0].to(torch.int64).argmax()
-        u, v = (torch.where(counts, x - x[first], 0) for x in (q, p))
+        first = counts.to(torch.int64).argmax(0)  # [1]
+        u, v = (torch.where(counts, x - x.index_select(0, first), 0) for x in (q, p))
         u, v = (torch.where(counts, x - (weight * x).sum(0) * share, 0) for x in (u, v))
         root = weight.sqrt()
         correlation, pull, push = _correlation(root * u, root * v, 0)
