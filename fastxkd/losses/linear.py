@@ -60,7 +60,7 @@ def linear_kd_loss(
             from above for each row: backward goes through the chunks again, at the price of two
             more products.
         chunk_rows: rows whose logits exist at a time. Their number changes speed and memory, and
-            the result by no more than rounding. Without: 512, on a GPU 2048.
+            the result by no more than rounding. Without: 1024, on a GPU 2048.
         accumulate_dtype: in which the gradient of a 16-bit ``student_weight`` is summed over the
             chunks. Without: float32, rounded once at the end. The dtype itself saves the memory of
             a float32 gradient and rounds at every chunk.

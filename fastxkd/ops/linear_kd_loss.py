@@ -41,7 +41,7 @@ SCHEMA = (
 TENSORS, ROW_WEIGHT, REDUCTION, NEEDS = 9, 8, 16, 20  # positions in it
 # Rows of a chunk, each of which reads both heads and reads and writes the weight's gradient once
 # more: enough for the products to hide that. A GPU multiplies faster for the memory that it has.
-CHUNK_ROWS, CHUNK_ROWS_GPU = 512, 2048
+CHUNK_ROWS, CHUNK_ROWS_GPU = 1024, 2048
 NAMES = {number: name for name, number in DIVERGENCES.items()}
 BLOCK = 1 << 20  # entries of a bfloat16 weight's gradient that are added up at a time
 SECOND_BACKWARD = (
