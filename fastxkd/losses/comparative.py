@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastxkd.losses._checks import (
+from fastxkd.losses._criterion import Criterion
+from fastxkd.losses._soft import soft_loss
+from fastxkd.ops._checks import (
     check_classes,
     check_counts,
     check_generator,
@@ -14,8 +16,6 @@ from fastxkd.losses._checks import (
     check_pair,
     check_rows,
 )
-from fastxkd.losses._criterion import Criterion
-from fastxkd.losses._soft import soft_loss
 from fastxkd.ops._library import exact_dtype
 from fastxkd.ops._logits import check_temperature
 

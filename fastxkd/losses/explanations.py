@@ -18,7 +18,9 @@ from fastxkd.cam.gradient import (
     XGradCAM,
 )
 from fastxkd.losses._blocks import without_autocast
-from fastxkd.losses._checks import (
+from fastxkd.losses._criterion import Criterion
+from fastxkd.losses._soft import soft_loss
+from fastxkd.ops._checks import (
     check_choice,
     check_counts,
     check_factors,
@@ -27,8 +29,6 @@ from fastxkd.losses._checks import (
     check_guidance,
     check_logits,
 )
-from fastxkd.losses._criterion import Criterion
-from fastxkd.losses._soft import soft_loss
 from fastxkd.ops._library import exact_dtype
 from fastxkd.ops._logits import check_temperature
 from fastxkd.ops._rows import unit_rows

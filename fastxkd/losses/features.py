@@ -23,17 +23,17 @@ from fastxkd.losses._blocks import (
     same_size,
     squared_error,
 )
-from fastxkd.losses._checks import (
+from fastxkd.losses._criterion import Criterion
+from fastxkd.ops._checks import (
     NAMES,
     check_channels,
     check_counts,
+    check_number,
     check_pair,
     check_positive,
     check_precision,
 )
-from fastxkd.losses._criterion import Criterion
 from fastxkd.ops._library import differentiable_once, exact_dtype
-from fastxkd.ops._logits import check_number
 from fastxkd.ops._rows import at_hand, ordinary, power_of_two, unit_rows
 
 __all__ = ["ATLoss", "FitNetLoss", "VIDLoss", "at_loss", "fitnet_loss", "vid_loss"]

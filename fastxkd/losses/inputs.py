@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxkd.cam.capture import evaluating
-from fastxkd.losses._checks import (
+from fastxkd.losses._criterion import Criterion
+from fastxkd.losses._soft import soft_loss
+from fastxkd.ops._checks import (
     check_choice,
     check_classes,
     check_factors,
@@ -23,8 +25,6 @@ from fastxkd.losses._checks import (
     check_logits,
     check_positive,
 )
-from fastxkd.losses._criterion import Criterion
-from fastxkd.losses._soft import soft_loss
 from fastxkd.ops._library import exact_dtype
 from fastxkd.ops._logits import check_temperature
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxkd.losses._checks import (
+from fastxkd.losses._criterion import Criterion
+from fastxkd.metrics.similarity import inner_products
+from fastxkd.ops._checks import (
     NAMES,
     Features,
     check_factors,
@@ -21,8 +23,6 @@ from fastxkd.losses._checks import (
     check_pair,
     check_rows,
 )
-from fastxkd.losses._criterion import Criterion
-from fastxkd.metrics.similarity import inner_products
 from fastxkd.ops._library import differentiable_once, exact_dtype, transformed
 from fastxkd.ops._rows import power_of_two, unit_rows
 from fastxkd.ops._transforms import one_by_one

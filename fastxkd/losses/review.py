@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxkd.losses._blocks import in_blocks, row_blocks, squared_error, without_autocast
-from fastxkd.losses._checks import (
+from fastxkd.ops._checks import (
     Features,
     check_channels,
     check_counts,

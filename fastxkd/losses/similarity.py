@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastxkd.losses._blocks import without_autocast
-from fastxkd.losses._checks import (
+from fastxkd.losses._criterion import Criterion
+from fastxkd.ops._checks import (
     NAMES,
     check_choice,
     check_counts,
@@ -21,7 +22,6 @@ from fastxkd.losses._checks import (
     check_positive,
     check_rows,
 )
-from fastxkd.losses._criterion import Criterion
 from fastxkd.ops._library import differentiable_once, exact_dtype, unobserved, wants_function
 from fastxkd.ops._rows import at_hand, ordinary, power_of_two, reciprocal
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastxkd.ops._checks import check_number
 
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2}
 DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "tvd": 3, "dkd": 4, "dist": 5}
@@ -240,20 +241,6 @@ def check_tensors(
                 f" got {class_weight.device}; a module's moves with .to(device)"
             )
         _check_constant("class_weight", class_weight)
-
-
-def check_number(name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(
-            f"{name}: expected a number, got a tensor that requires grad; its gradient is not"
-            " computed"
-        )
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
-    if isinstance(value, str):
-        raise TypeError(f"{name}: expected a number, got str")
 
 
 def _check_rows(name: str, tensor: Tensor, student: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the losses ask of their arguments, in one wording."""
+"""What losses and metrics ask of their arguments, in one wording."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastxkd.ops._library import unobserved
-from fastxkd.ops._logits import check_number
 
 Features = Tensor | Sequence[Tensor]
 NAMES = ("student_features", "teacher_features")
@@ -101,6 +100,20 @@ def check_precision(name: str, features: Tensor, parameters: Tensor) -> None:
             f"{name}: expected at most the precision of the module's parameters,"
             f" {parameters.dtype}, got {features.dtype}; use criterion.to({features.dtype})"
         )
+
+
+def check_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a number, got a tensor that requires grad; its gradient is not"
+            " computed"
+        )
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if isinstance(value, str):
+        raise TypeError(f"{name}: expected a number, got str")
 
 
 def check_positive(**values: float) -> None:
