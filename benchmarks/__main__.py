@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance")
+NAMES = ("kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance", "road", "step")
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):

@@ -1,7 +1,7 @@
 """Class activation maps: whole explainers against the bare forward pass, and the operator alone.
 
 The floor of an explainer is the forward pass without a graph; that of the operator is one reading
-of activations and gradients.
+of activations and gradients, and that of EigenCAM one of the activations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks._harness import Case, Skip, Spec, compiled, main
 from fastxkd.reference import cam as reference
 from tests._torchvision import declare_operators
 
-TESTS = ["tests/test_cam.py"]
+TESTS = ["tests/test_cam.py", "tests/test_cam_family.py"]
 
 
 def _imported(module: str, package: str) -> object:
@@ -70,8 +70,8 @@ def explainers(model: nn.Module, layer: nn.Module, images: Tensor) -> Case:
 
 def in_numpy(a: np.ndarray, g: np.ndarray, method: str) -> np.ndarray:
     """The map as numpy code in explainers computes it."""
-    if method == "layercam":
-        raw = (np.maximum(g, 0) * a).sum(axis=1)
+    if method in ("hirescam", "layercam"):
+        raw = ((g if method == "hirescam" else np.maximum(g, 0)) * a).sum(axis=1)
     else:
         if method == "gradcam":
             weights = g.mean(axis=(2, 3))
@@ -112,6 +112,42 @@ def operator(shape: tuple[int, int, int, int], method: str, *, with_compile: boo
     return Case(variants, 2 * activations.numel() * activations.element_size(), notes)
 
 
+def component(shape: tuple[int, int, int, int]) -> Case:
+    """EigenCAM. The full decompositions are of one image: they take seconds."""
+    peer = _imported("pytorch_grad_cam.utils.svd_on_activations", "grad-cam")
+    activations = torch.randn(shape).clamp(min=0)
+    one = activations[:1]
+    rows = one.flatten(2).mT - one.flatten(2).mean(2)[:, None]  # [1, p, c]
+
+    def ours(x: Tensor) -> Tensor:
+        return fastxkd.cam_from(x, None, "eigencam", normalize=None, relu=False)
+
+    def theirs() -> np.ndarray:
+        return peer.get_2d_projection(one.numpy())  # type: ignore[attr-defined, no-any-return]
+
+    def notes() -> dict[str, str]:
+        exact = torch.linalg.eigh(rows.double().mT @ rows.double())[1][..., -1:]
+        expected = (rows.double() @ exact * exact.sum().sign())[..., 0].reshape(-1, *shape[2:])
+        reach = expected.max() - expected.min()
+        off = (ours(one) - expected).abs().max() / reach
+        found = torch.from_numpy(theirs())
+        peers = min((found - expected).abs().max(), (found + expected).abs().max()) / reach
+        what = "of their range from float64"
+        return {
+            "ours": f"maps differ by at most {off:.1e} {what}",
+            "pytorch-grad-cam, 1 image": f"1 of {shape[0]}; differs by {peers:.1e} {what}",
+            "torch full SVD, 1 image": f"1 of {shape[0]}",
+        }
+
+    variants: dict[str, Callable[[], object]] = {
+        "floor: read": activations.sum,
+        "pytorch-grad-cam, 1 image": theirs,
+        "torch full SVD, 1 image": lambda: torch.linalg.svd(rows, full_matrices=True),
+        "ours": lambda: ours(activations),
+    }
+    return Case(variants, activations.numel() * activations.element_size(), notes)
+
+
 def _resnet_case(batch: int) -> Case:
     model = resnet50()
     return explainers(model, model.layer4[-1], torch.randn(batch, 3, 224, 224))  # type: ignore[index]
@@ -122,9 +158,11 @@ def specs(quick: bool) -> list[Spec]:
     name = f"GradCAM, ResNet-50 layer4, {batch}x224x224"
     found = [Spec(name, lambda: _resnet_case(batch), resident=not quick)]
     for shape in [(8, 2048, 7, 7)] if quick else [(8, 2048, 7, 7), (32, 256, 56, 56)]:
-        for method in ["gradcam"] if quick else ["gradcam", "layercam", "gradcam++"]:
+        for method in ["gradcam"] if quick else ["gradcam", "hirescam", "layercam", "gradcam++"]:
             label = f"operator {method}, {'x'.join(map(str, shape))}"
             found.append(Spec(label, partial(operator, shape, method, with_compile=not quick)))
+        if shape == (32, 256, 56, 56):
+            found.append(Spec(f"EigenCAM, {'x'.join(map(str, shape))}", partial(component, shape)))
     return found
 
 

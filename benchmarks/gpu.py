@@ -53,6 +53,7 @@ class Plan:
     linear: tuple[int, int, int, int] = (4096, 2048, 4096, 32000)  # rows, widths, classes
     maps: tuple[tuple[int, ...], ...] = ((32, 256, 56, 56), (8, 2048, 7, 7))
     samples: tuple[int, int] = (4096, 512)  # rows and width, for distances
+    layers: tuple[int, int, int] = (7, 20000, 1024)  # matrices, rows and width, for their sums
     tests: tuple[str, ...] = ("tests/test_gpu.py", "-m", "gpu")
     rounds: int = 25
     seconds: float = 0.4  # for the samples of one figure
@@ -452,6 +453,79 @@ def kd_loss_peers(stage: Stage) -> None:
                 stage.measure(case, Variant(f"torch.compile{suffix}", batch.step(fast)), moved)
 
 
+# --- what is measured: class activation maps
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Activations as after a ReLU, gradients of either sign, in one of the two layouts."""
+
+    activations: Tensor
+    gradients: Tensor
+    method: str
+
+    def ours(self) -> Tensor:
+        import fastxkd
+
+        return fastxkd.cam_from(self.activations, self.gradients, self.method)
+
+    def eager(self) -> Tensor:
+        """As explainers write it."""
+        a, g = self.activations, self.gradients
+        if self.method == "layercam":
+            raw = (g.clamp(min=0) * a).sum(1)
+        else:
+            if self.method == "gradcam":
+                weights = g.mean((2, 3))
+            else:
+                below = 2 * g**2 + a.sum((2, 3), keepdim=True) * g**3 + 1e-6
+                weights = (g.clamp(min=0) * torch.where(g != 0, g**2 / below, 0)).sum((2, 3))
+            raw = (weights[:, :, None, None] * a).sum(1)
+        raw = raw.clamp(min=0)
+        raw = raw - raw.amin((1, 2), keepdim=True)
+        return raw / (1e-7 + raw.amax((1, 2), keepdim=True))
+
+    def backward(self) -> None:
+        """Of the map before it is finished, to both tensors."""
+        torch.ops.fastxkd.cam_backward(
+            self.activations[:, 0].contiguous(), self.activations, self.gradients, self.method
+        )
+
+    def deviation(self, of: Callable[[], Tensor]) -> str:
+        exact = Maps(self.activations.double(), self.gradients.double(), self.method).eager()
+        return f"map off by {(of().double() - exact).abs().max():.1e}"
+
+
+CAM_METHODS = ("gradcam", "layercam", "gradcam++")
+
+
+def cam_kernels(stage: Stage) -> None:
+    """The operator on every backend, both layouts, beside one reading of its inputs."""
+    device = stage.clock.device
+    for shape in stage.plan.maps:
+        for layout in ("contiguous", "channels_last"):
+            for name in stage.plan.dtypes:
+                kind: dict[str, Any] = {"device": device, "dtype": getattr(torch, name)}
+                torch.manual_seed(0)
+                a, g = torch.randn(shape, **kind).relu_(), torch.randn(shape, **kind)
+                if layout == "channels_last":
+                    a, g = (x.contiguous(memory_format=torch.channels_last) for x in (a, g))
+                moved = 2 * a.numel() * a.element_size()
+                for method in CAM_METHODS:
+                    case = f"cam {method} {'x'.join(map(str, shape))} {layout} {name}"
+                    floor = Variant("floor: read both", lambda a=a, g=g: (a.sum(), g.sum()))  # type: ignore[misc]
+                    stage.measure(case, floor, moved)
+                    maps = Maps(a, g, method)
+                    for backend in stage.plan.backends:
+                        ours = on_backend(backend, maps.ours)
+                        note = partial(maps.deviation, ours)
+                        stage.measure(case, Variant(backend, ours, note=note), moved)
+                        if layout == "contiguous":
+                            back = on_backend(backend, maps.backward)
+                            stage.measure(case, Variant(f"{backend}, backward", back), 2 * moved)
+                    stage.measure(case, Variant("eager", maps.eager), moved)
+
+
 # --- what is measured: operators without a GPU kernel
 
 
@@ -500,20 +574,35 @@ def linear_loss(stage: Stage) -> None:
         stage.measure(case, variant, None)
 
 
-def on_reference(stage: Stage) -> None:
-    """cam and distance: plain torch on a GPU, beside what no implementation can avoid."""
+# --- what is measured: distances
+
+
+def gram_products(features: list[Tensor]) -> Callable[[], object]:
+    """Of the tiles of one triangle, in float32: what no method by products can avoid."""
+    from fastxkd.ops import _distance_gpu
+
+    rows = _distance_gpu.tile_rows([x.shape[1] for x in features], features[0].dtype)
+    out = torch.empty(rows, rows, dtype=features[0].dtype, device=features[0].device)
+
+    def call() -> None:
+        with _distance_gpu.full_precision(out):
+            for x in features:
+                strips = x.split(rows)
+                for i, left in enumerate(strips):
+                    for right in strips[i:]:
+                        torch.mm(left, right.T, out=out[: len(left), : len(right)])
+
+    return call
+
+
+def distance_kernels(stage: Stage) -> None:
+    """Distance correlation, and the sums that scores of many layers are made of; by backend, and
+    in plain torch."""
     import fastxkd
+    from fastxkd.ops.distance import distance_sums
 
     device = stage.clock.device
-    for shape in stage.plan.maps:
-        a, g = torch.randn(shape, device=device).relu_(), torch.randn(shape, device=device)
-        for method in ("gradcam", "layercam"):
-            case = f"cam {method} {'x'.join(map(str, shape))} float32"
-            moved = 2 * a.numel() * a.element_size()
-            floor = Variant("floor: read both", lambda a=a, g=g: (a.sum(), g.sum()))  # type: ignore[misc]
-            stage.measure(case, floor, moved)
-            call = partial(fastxkd.cam_from, a, g, method)
-            stage.measure(case, Variant("ours", call), moved)
+    torch.manual_seed(0)
     n, width = stage.plan.samples
     x, y = torch.randn(n, width, device=device), torch.randn(n, width, device=device)
     leaf = x.clone().requires_grad_(True)
@@ -523,9 +612,32 @@ def on_reference(stage: Stage) -> None:
         fastxkd.distance_correlation(leaf, y).backward()
         leaf.grad = None
 
-    stage.measure(case, Variant("floor: two Gram products", lambda: (x @ x.T, y @ y.T)), None)
-    stage.measure(case, Variant("ours", partial(fastxkd.distance_correlation, x, y)), None)
-    stage.measure(case, Variant("ours, with backward", backward), None)
+    def deviation() -> str:
+        few, others = x[:512], y[:512]
+        found = fastxkd.distance_correlation(few, others).item()
+        with fastxkd.use_backend("reference"):
+            exact = fastxkd.distance_correlation(few.double(), others.double()).item()
+        return f"off by {abs(found - exact):.1e}"
+
+    backends = list(dict.fromkeys([*stage.plan.backends, "reference"]))
+    stage.measure(case, Variant("floor: Gram products", gram_products([x, y])), None)
+    for backend in backends:
+        forward = partial(fastxkd.distance_correlation, x, y)
+        note = on_backend(backend, deviation)
+        stage.measure(case, Variant(backend, on_backend(backend, forward), note=note), None)
+        both = Variant(f"{backend}, with backward", on_backend(backend, backward))
+        stage.measure(case, both, None)
+
+    count, n, width = stage.plan.layers
+    features = [torch.randn(n, width, device=device) for _ in range(count - 1)]
+    features.append(torch.eye(10, device=device)[torch.arange(n, device=device) % 10])
+    names = [str(k) for k in range(count)]
+    case = f"distance sums of {count} matrices {n}x{width} float32"
+    stage.measure(case, Variant("floor: Gram products", gram_products(features[:-1])), None)
+    for backend in backends:
+        if backend != "reference":  # n x n differences of a thousand numbers: minutes
+            call = partial(distance_sums, features, names)
+            stage.measure(case, Variant(backend, on_backend(backend, call)), None)
 
 
 # --- checks
@@ -556,6 +668,22 @@ def numbers(stage: Stage) -> None:
                     f" gradient by {e.grad:.1e} (limit {e.grad_limit:.1e})"
                 )
                 stage.put("check", what=what, passed=e.within(), text=text)
+        for name in test_gpu.CAM_METHODS:
+            for dtype in stage.plan.dtypes:
+                what = f"{backend}, cam {name}, {dtype}"
+                if not stage.in_time(what):
+                    continue
+                try:
+                    with fastxkd.use_backend(backend):
+                        off, limit = test_gpu.cam_error(
+                            (2, 40, 7, 7), getattr(torch, dtype), name, device
+                        )
+                except Exception as error:
+                    stage.check_device(error)
+                    stage.put("check", what=what, passed=False, text=brief(error))
+                    continue
+                text = f"map off by {off:.1e} (limit {limit:.1e})"
+                stage.put("check", what=what, passed=off <= limit, text=text)
     for name in test_gpu.LOSSES:
         if not stage.in_time(name):
             continue
@@ -608,10 +736,11 @@ JOBS = (
     Job("bandwidth", 25, bandwidth),
     Job("kernels", 110, kd_loss_kernels),
     Job("tests", 100, tests, command=True),
+    Job("cam", 40, cam_kernels),
     Job("peers", 100, kd_loss_peers),
     Job("numbers", 35, numbers),
     Job("linear", 25, linear_loss),
-    Job("reference", 20, on_reference),
+    Job("distance", 30, distance_kernels),
 )
 
 

@@ -25,8 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks._machine import ROOT
+from fastxkd._triton import cam, distance, plan
 from fastxkd._triton import kd_loss as kernels
-from fastxkd._triton import plan
+from fastxkd.ops._distance_gpu import NARROW
 from fastxkd.ops._logits import DIVERGENCES, REDUCTIONS
 
 RESULTS = ROOT / "benchmarks" / "results" / "registers.csv"
@@ -113,7 +114,74 @@ class Case:
         )[self.step]
 
 
-def compiled(case: Case, target: str) -> tuple[Usage, str]:
+@dataclass
+class CamCase:
+    """A launch of cam to compile, or of its gradient."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    method: str
+    last: bool = False  # channels last
+    normalize: int = 2
+    step: int = -1  # of the launches: weights where the method has its own, sums, finish
+    backward: bool = False
+
+    @property
+    def variant(self) -> str:
+        layout = "channels last" if self.last else "contiguous"
+        return f"{'x'.join(map(str, self.shape))}, {self.method}, {layout}"
+
+    def launch(self, target: str) -> plan.Launch:
+        kind = TARGETS[target]
+        device = plan.Device(132, kind.warp_size, kind.backend == "cuda")
+        n, channels, height, width = self.shape
+        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+        a = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        g = a[:, :, 0, 0].contiguous() if self.method == "weights" else a
+        if self.backward:
+            upstream = torch.empty(n, height, width, dtype=exact, device="meta")
+            return cam.plan_backward(upstream, a, g, a, g, self.method, device)
+        image = channels * height * width
+        strides = [image, 1, channels] if self.last else [image, height * width, 1]
+        strides += [channels, 1, 0] if self.method == "weights" else strides
+        out = torch.empty(n, 4 * height, 4 * width, dtype=exact, device="meta")
+        return cam.plan(a, g, out, strides, self.method, True, self.normalize, device)[self.step]
+
+
+@dataclass
+class DistanceCase:
+    """A launch of distance to compile."""
+
+    kernel: str  # distances, products, weights, pairs
+    dtype: torch.dtype  # of the features
+    width: int = 1024
+    cols: int = 2048  # of a tile
+
+    @property
+    def variant(self) -> str:
+        return f"{self.kernel}, width {self.width}, {self.cols} columns"
+
+    def launch(self, target: str) -> plan.Launch:
+        kind = TARGETS[target]
+        device = plan.Device(132, kind.warp_size, kind.backend == "cuda")
+        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+        tile = torch.empty(2048, self.cols, dtype=exact, device="meta")
+        feature = torch.empty(4096, self.width, dtype=self.dtype, device="meta")
+        double = torch.empty(2048, 2048, dtype=torch.float64, device="meta")
+        if self.kernel == "pairs":
+            return distance.plan_pairs(feature.to(exact), double, device)
+        if self.kernel == "products":
+            return distance.plan_products(tile, tile.numel(), 7, device)[0]
+        norms = tile[0], tile[0]
+        if self.kernel == "weights":
+            return distance.plan_weights(tile, tile, tile[0, :7], double[0], double[0], 1, device)
+        sums = double, double
+        return distance.plan_distances(
+            tile, feature, norms, double[0, 0], sums, (0, 2048), True, NARROW, device
+        )
+
+
+def compiled(case: Case | CamCase | DistanceCase, target: str) -> tuple[Usage, str]:
     """The usage and the machine code in text of a launch, compiled as a call would compile it."""
     launch = case.launch(target)
     constants, signature, aligned = {}, {}, {}
@@ -183,8 +251,36 @@ def sizes(dtype: torch.dtype) -> dict[str, int]:
     return {"rows": 104, "half": longest // 2, "row": longest, "long": 32000}
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def cam_cases() -> Iterator[CamCase]:
+    """Planes of 7 x 7, which no 16 bytes divide, and large ones, in both layouts."""
+    for dtype in DTYPES:
+        for shape in ((8, 2048, 7, 7), (32, 256, 56, 56)):
+            for method in cam.METHODS:
+                for last in (False, True):
+                    for step in (0, 1) if method in cam.OWN_WEIGHTS else (0,):
+                        yield CamCase(shape, dtype, method, last, step=step)
+                yield CamCase(shape, dtype, method, backward=True)
+            for normalize in (0, 1, 2):
+                yield CamCase(shape, dtype, "weights", normalize=normalize)
+
+
+def distance_cases() -> Iterator[DistanceCase]:
+    for dtype in DTYPES:
+        for cols in (2048, 1001):
+            yield DistanceCase("distances", dtype, NARROW, cols)
+            yield DistanceCase("distances", dtype, 1024, cols)
+    for dtype in (torch.float32, torch.float64):
+        yield DistanceCase("pairs", dtype)
+        for cols in (2048, 1001):
+            yield DistanceCase("products", dtype, cols=cols)
+            yield DistanceCase("weights", dtype, cols=cols)
+
+
 def cases() -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for dtype in DTYPES:
         for size, classes in sizes(dtype).items():
             for divergence in DIVERGENCES:
                 for step in range(4 if divergence == "dist" else 1):
@@ -195,7 +291,7 @@ def cases() -> Iterator[Case]:
 
 
 def triton_kernels() -> Iterator[Usage]:
-    for case in cases():
+    for case in chain(cases(), cam_cases(), distance_cases()):
         for target in TARGETS:
             yield compiled(case, target)[0]
 

@@ -45,7 +45,8 @@ enum CamMethod : int {
   kLayerCAM = 2,
   kGradCAMPlusPlus = 3,
   kXGradCAM = 4,
-  kWeights = 5  // `gradients` already holds one weight per channel
+  kWeights = 5,  // `gradients` already holds one weight per channel
+  kElementwise = 6
 };
 
 struct CamArgs {

@@ -119,6 +119,9 @@ def cam_raw(activations: Tensor, gradients: Tensor, method: str) -> Tensor:
             weight = (F.relu(g) * alpha).sum((1, 2), keepdim=True)
         elif method == "hirescam":
             weight = g
+        elif method == "elementwise":
+            maps.append(sum(F.relu(g * a).unbind(0)))
+            continue
         else:
             weight = F.relu(g)
         maps.append(sum((weight * a).unbind(0)))  # one channel after the other

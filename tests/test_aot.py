@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -78,6 +78,81 @@ def test_nothing_of_dist_spills(
             assert usage.wide_loads >= 2
         if step == 1 and dtype == torch.bfloat16:
             assert ("global_load_dwordx2" if target.startswith("gfx") else "LDG.E.64") in text
+
+
+SMALL, LARGE = (8, 2048, 7, 7), (32, 256, 56, 56)  # planes that no 16 bytes divide, and that do
+
+
+def chosen_of_cam() -> list[tuple[dict[str, Any], int]]:
+    """A launch of cam and how many loads of 16 bytes it must have; ``registers.cam_cases`` are
+    all."""
+    single, half, double = torch.float32, torch.bfloat16, torch.float64
+    cases: list[tuple[dict[str, Any], int]] = []
+    for dtype in (single, half, double):
+        both = {"dtype": dtype, "method": "layercam", "step": 0}
+        cases += [(both | {"shape": SMALL}, 2), (both | {"shape": LARGE, "last": True}, 2)]
+        own = {"dtype": dtype, "shape": LARGE, "method": "gradcam++"}
+        cases += [(own | {"step": 0}, 2), (own | {"step": 1, "last": True}, 1)]
+        cases.append((own | {"backward": True}, 2))
+    rest = {"dtype": single, "shape": SMALL}
+    cases += [(rest | {"method": "xgradcam", "step": 0, "last": True}, 2)]
+    cases += [(rest | {"method": "gradcam", "step": 1}, 1)]
+    cases += [(rest | {"method": "weights", "dtype": half, "step": 0}, 1)]
+    cases += [(rest | {"method": "xgradcam", "backward": True}, 0)]
+    cases += [(rest | {"method": "elementwise", "dtype": double, "backward": True}, 0)]
+    cases += [(rest | {"method": "weights", "normalize": n}, 0) for n in (0, 2)]
+    cases += [(rest | {"method": "weights", "shape": LARGE, "dtype": double}, 0)]
+    return cases
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("options", "wide"), chosen_of_cam(), ids=lambda o: str(o).replace("torch.", "")
+)
+def test_nothing_of_cam_spills(
+    options: dict[str, Any], wide: int, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks import registers
+
+    usage, text = registers.compiled(registers.CamCase(**options), target)
+    assert usage.spills == 0
+    assert 0 < usage.registers <= usage.available
+    loads = text.count("global_load_dwordx4") if target.startswith("gfx") else usage.wide_loads
+    assert loads >= wide
+
+
+def distance_launches() -> list[tuple[str, torch.dtype, int, int]]:
+    """Kernel, dtype, width of the features, columns of the tile."""
+    single, half, double = torch.float32, torch.bfloat16, torch.float64
+    cases = [("distances", dtype, width, 2048) for dtype in (single, double) for width in (16, 512)]
+    cases += [("distances", half, 512, 2048), ("distances", single, 512, 1001)]
+    for kernel in ("products", "weights", "pairs"):
+        cases += [(kernel, dtype, 512, 2048) for dtype in (single, double)]
+    return cases
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", distance_launches(), ids=str)
+def test_nothing_of_distance_spills(
+    options: tuple[str, torch.dtype, int, int], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks import registers
+
+    kernel, dtype, width, cols = options
+    usage, text = registers.compiled(registers.DistanceCase(kernel, dtype, width, cols), target)
+    assert usage.kernel == kernel
+    assert usage.spills == 0
+    assert 0 < usage.registers <= usage.available
+    # Tiles come 16 bytes at a time; narrow features and pairs have none to read.
+    if kernel in ("products", "weights") or (kernel == "distances" and width > 16 and cols == 2048):
+        if target.startswith("gfx"):
+            assert "global_load_dwordx4" in text
+        else:
+            assert usage.wide_loads >= 2
 
 
 @pytest.mark.parametrize("classes", [1000, 1001])

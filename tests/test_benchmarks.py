@@ -380,7 +380,7 @@ def test_missing_peer_is_a_skip_with_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance"]
+    "name", ["kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance", "road", "step"]
 )
 def test_specs_have_distinct_names_and_tests_that_exist(name: str) -> None:
     module = __import__(f"benchmarks.{name}", fromlist=["_"])

@@ -55,12 +55,14 @@ GOLDEN = {
     ),
     "hirescam": ([[-0.3, -0.2], [-0.4, 1.8]], [[0, 0], [0, 1]]),
     "layercam": ([[0.5, 0.2], [0, 1.8]], [[0.2777778, 0.1111111], [0, 1]]),
+    "elementwise": ([[0.5, 0.2], [0, 1.8]], [[0.2777778, 0.1111111], [0, 1]]),
 }
 
 
 def pair(shape: tuple[int, ...], dtype: torch.dtype, method: str) -> tuple[Tensor, Tensor]:
-    """Activations as after a ReLU, gradients of either sign, maps that are positive somewhere."""
-    activations = torch.rand(shape).to(dtype)
+    """Activations as after a ReLU, gradients of either sign, maps that are positive somewhere. With
+    elementwise, which is layercam where no activation is negative, some are."""
+    activations = (torch.rand(shape) - 0.2 * (method == "elementwise")).to(dtype)
     gradients = (torch.randn(shape[:2] if method == "weights" else shape) + 0.3).to(dtype)
     return activations, gradients
 

@@ -14,8 +14,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 # Kernels of each: three element types by four layouts and three more by one, six forms of the loss
-# each, and the totals; DIST with two launches by layout, one by element type, and one that merges.
-KERNELS = {"kd_loss": (3 * 4 + 3) * 6 + 2, "dist": (3 * 4 + 3) * 2 + 6 + 2, "kd_loss_scale": 4}
+# each, and the totals; DIST with two launches by layout, one by element type, and one that merges;
+# distance with four by element type, and one that adds up. cam: three methods' weights and seven
+# gradients by two layouts, its sums by how memory lies, the weighted one also with weights of 16
+# bits, and what finishes a map.
+KERNELS = {
+    "kd_loss": (3 * 4 + 3) * 6 + 2,
+    "dist": (3 * 4 + 3) * 2 + 6 + 2,
+    "kd_loss_scale": 4,
+    "distance": 4 * 2 + 1,
+    "cam": 3 * 4 * 4 + (4 * 4 + 2) + (3 * 6 + 3 * 4 * 2) + 2 + 7 * 4 * 2,
+}
 ARCHITECTURES = ["80", "90"]
 
 pytestmark = [
@@ -89,6 +98,14 @@ else:
            + [4.0, 0.1, 0.9, divergence, 1.0, 1.0, 0.0, -100, 2, 0, 0]) for divergence in (0, 5)),
         (module.kd_loss_workspace, [2, 3, 5, 0, 0]),
         (module.kd_loss_scale, [0, 0, 64, 64, 2, 3, False, 0]),
+        (module.cam_workspace, [[2, 8, 4, 4, 4, 4], [128, 16, 1] * 2, 0, 0, 0]),
+        (module.cam, [0, 0, *[64] * 4, [2, 8, 4, 4, 4, 4], [128, 16, 1] * 2, 0, True, 2, 0]),
+        (module.cam_backward, [0, 0, *[64] * 5, 2, 8, 16, 0, 0]),
+        (module.distance_workspace, [2, 3, 5, 0]),
+        (module.distance_tile, [0, 0, 64, [64], [64], [3], [0], [3], *[64] * 5, 2, 3, 0, 2, 3,
+                                False, 0, 0]),
+        (module.distance_grad_tile, [0, 0, *[64] * 5, 1, 0, 2, 3, 0]),
+        (module.pair_distances, [0, 0, 64, 64, 2, 3, 0]),
     ):
         try:
             call(*arguments)
@@ -121,5 +138,5 @@ def test_the_extension_links_and_imports_without_a_driver(tmp_path: Path) -> Non
     built, *errors = run.stdout.splitlines()
     assert set(built.split(";")) <= set(ARCHITECTURES)
     if errors != ["has a device"]:
-        assert len(errors) == 4
+        assert len(errors) == 11
         assert all("driver" in error or "device" in error for error in errors), errors

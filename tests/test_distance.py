@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastxkd.metrics import distance_correlation, partial_distance_correlation
 from fastxkd.metrics.similarity import centre
+from fastxkd.ops import _library, pairs
 from fastxkd.ops import distance as op
 from tests import oracles
 from tests.conftest import needs
@@ -112,6 +113,14 @@ def test_equals_dcor(backend: str, n: int, widths: tuple[int, ...]) -> None:
         assert found.item() == pytest.approx(float(expected), abs=1e-9)
 
 
+def test_equals_dcor_of_two_thousand() -> None:
+    """Several tiles on either side of the diagonal, Gram products of wide rows."""
+    dcor = needs("dcor")
+    x, y = related(2000, [96, 48])
+    expected = dcor.u_distance_correlation_sqr(x.numpy(), y.numpy())
+    assert distance_correlation(x, y).item() == pytest.approx(float(expected), abs=1e-9)
+
+
 def test_semi_partial_is_pdcor_with_the_target_unprojected(backend: str) -> None:
     x, y, z = related(50, [3, 4, 2])
     semi = partial_distance_correlation(x, y, given=z, semi_partial=True)
@@ -142,8 +151,8 @@ def test_sums_match_float64(backend: str, dtype: torch.dtype, n: int, widths: li
 def test_tiles_do_not_matter(backend: str, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     features = related(67, [3, 40])
     expected = sums(features)
-    monkeypatch.setattr(op, "TILE", max(tile, 32))
-    monkeypatch.setattr(op, "STRIP_ELEMENTS", tile * 43)
+    monkeypatch.setattr(pairs, "TILE", max(tile, 32))
+    monkeypatch.setattr(pairs, "STRIP_ELEMENTS", tile * 43)
     for found, value in zip(sums(features), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-13, atol=0)
 
@@ -176,8 +185,8 @@ def test_near_duplicates_keep_their_digits(backend: str) -> None:
     x = torch.cat([x, x + 1e-4 * torch.randn(40, 64)])
     d = op.distance_matrix(x, "x", rows=80).double()
     true = oracles.distances(x.double())
-    pairs = torch.arange(40)
-    torch.testing.assert_close(d[pairs, pairs + 40], true[pairs, pairs + 40], rtol=1e-5, atol=0)
+    i = torch.arange(40)
+    torch.testing.assert_close(d[i, i + 40], true[i, i + 40], rtol=1e-5, atol=0)
     torch.testing.assert_close(d, true, rtol=1e-5, atol=0)
 
     # As a sum over the matrix of near pairs alone: rows that are all near each other.
@@ -282,7 +291,7 @@ def test_any_number_of_threads_gives_the_same_bits(backend: str) -> None:
 def test_nothing_of_size_n_by_n(dtype: torch.dtype) -> None:
     n = 4000
     x, y = torch.randn(n, 16, dtype=dtype), torch.randn(n, 8, dtype=dtype)
-    if op.serve("distance", x) != "cpu":
+    if _library.serve("distance", x) != "cpu":
         pytest.skip("the C++ kernels are not built")
     matrix = n * n * x.element_size()
     assert oracles.peak_bytes(lambda: distance_correlation(x, y)) < matrix / 6
@@ -291,9 +300,18 @@ def test_nothing_of_size_n_by_n(dtype: torch.dtype) -> None:
     assert oracles.peak_bytes(lambda: x[:, None, 0] * x[None, :, 0]) >= matrix
 
 
+def test_memory_of_a_sweep_is_that_of_panels() -> None:
+    """What the benchmark takes at n = 20,000 beside seven features: panels, whatever n is."""
+    features = [torch.randn(2500, 1024) for _ in range(7)]
+    if _library.serve("distance", features[0]) != "cpu":
+        pytest.skip("the C++ kernels are not built")
+    peak = oracles.peak_bytes(lambda: sums(features))
+    assert peak < 100e6
+
+
 def test_wide_features_are_not_copied() -> None:
     x, y = torch.randn(300, 100_000), torch.randn(300, 4)
-    if op.serve("distance", x) != "cpu":
+    if _library.serve("distance", x) != "cpu":
         pytest.skip("the C++ kernels are not built")
     peak = oracles.peak_bytes(lambda: distance_correlation(x, y))
     assert peak < 100e6 < x.numel() * x.element_size()
@@ -314,7 +332,7 @@ def scores(x: Tensor, y: Tensor, z: Tensor) -> dict[str, Any]:
 @pytest.mark.parametrize("score", ["unbiased", "biased", "partial", "semi-partial"])
 @pytest.mark.parametrize("n", [5, 37])
 def test_gradcheck(backend: str, monkeypatch: pytest.MonkeyPatch, n: int, score: str) -> None:
-    monkeypatch.setattr(op, "STRIP_ELEMENTS", 32 * 6)  # 37 rows are two tiles
+    monkeypatch.setattr(pairs, "STRIP_ELEMENTS", 32 * 6)  # 37 rows are two tiles
     inputs = tuple(m.requires_grad_(True) for m in related(n, [2, 3, 1]))
     assert torch.autograd.gradcheck(
         lambda *m: scores(*m)[score], inputs, fast_mode=n > 5, atol=1e-7, rtol=1e-5

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fastxkd
 from fastxkd.losses import explanations, features, inputs, linear, relations, review, similarity
-from fastxkd.ops import _library
-from tests import oracles, test_emulator
+from fastxkd.ops import _distance_gpu, _library, cam, distance
+from tests import oracles, test_cam_emulator, test_distance, test_emulator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -537,6 +537,293 @@ def test_compiled(kernel: str) -> None:
     expected = step(student, teacher, labels, {})
     torch.testing.assert_close(loss.detach(), expected[0])
     torch.testing.assert_close(leaf.grad, expected[1])
+
+
+# --- class activation maps
+
+CAM_METHODS = tuple(cam.METHODS)
+every_cam_method = pytest.mark.parametrize("method", CAM_METHODS)
+# Planes that 16 bytes divide, of which several channels together do, of which none do; large ones.
+CAM_SHAPES = (
+    (1, 1, 1, 1),
+    (2, 17, 5, 9),
+    (8, 512, 7, 7),
+    (3, 300, 14, 14),
+    (2, 64, 55, 57),
+    (2, 24, 112, 112),
+)
+
+
+def cam_pair(
+    shape: tuple[int, ...], dtype: torch.dtype, method: str, last: bool = False
+) -> list[Tensor]:
+    a, g = test_cam_emulator.pair(shape, dtype, method)
+    return [
+        x.contiguous(memory_format=torch.channels_last) if last and x.dim() == 4 else x
+        for x in (a, g)
+    ]
+
+
+def cam_error(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    method: str,
+    device: torch.device,
+    *,
+    last: bool = False,
+    size: tuple[int, int] = (33, 20),
+) -> tuple[float, float]:
+    """Of the map on ``device`` from float64 on the CPU, and by how much it may be off: by what the
+    formula costs in eager torch, and a rounding."""
+    a, g = cam_pair(shape, dtype, method, last)
+    found = fastxkd.cam_from(a.to(device), g.to(device), method, size)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (found.dtype, found.shape) == (exact, (shape[0], *size))
+    true, eager = (
+        oracles.cam_finish(oracles.cam_raw(a.to(kind), g.to(kind), method), size, True, 2).double()
+        for kind in (torch.float64, exact)
+    )
+    eps = 1e-12 if exact == torch.float64 else 1e-6
+    limit = (eager - true).abs().max() + eps
+    return float((found.cpu().double() - true).abs().max()), float(limit)
+
+
+def cam_step(a: Tensor, g: Tensor, method: str) -> list[Tensor]:
+    """A finished map, and gradients through one."""
+    leaves = [x.detach().requires_grad_(True) for x in (a, g)]
+    maps = fastxkd.cam_from(leaves[0], leaves[1], method, (28, 30))
+    grads = torch.autograd.grad(maps.square().sum(), leaves)
+    return [fastxkd.cam_from(a, g, method, (28, 30)), maps.detach(), *grads]
+
+
+@every_cam_method
+@every_dtype
+def test_cam_matches_float64(kernel: str, dtype: torch.dtype, method: str) -> None:
+    # Triton compiles for many of the shapes anew, a second each.
+    for shape in CAM_SHAPES if kernel == "cuda" else CAM_SHAPES[1:3]:
+        for last in (False, True):
+            off, limit = cam_error(shape, dtype, method, CUDA, last=last)
+            assert off <= limit, (shape, last)
+
+
+@every_cam_method
+@every_dtype
+def test_cam_gradient_matches_float64(kernel: str, dtype: torch.dtype, method: str) -> None:
+    for shape in CAM_SHAPES if kernel == "cuda" else CAM_SHAPES[1:3]:
+        a, g = cam_pair(shape, dtype, method)
+        upstream = torch.randn(shape[0], *shape[2:], generator=torch.Generator().manual_seed(5))
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        found = torch.ops.fastxkd.cam_backward(
+            upstream.to(CUDA, exact), a.to(CUDA), g.to(CUDA), method
+        )
+        grads = []
+        for kind in (torch.float64, exact):
+            leaves = [x.detach().to(kind).requires_grad_(True) for x in (a, g)]
+            raw = oracles.cam_raw(leaves[0], leaves[1], method)
+            grads.append(torch.autograd.grad(raw, leaves, upstream.to(kind)))
+        eps = 1e-12 if exact == torch.float64 else 1e-6
+        for ours, true, eager in zip(found, *grads, strict=True):
+            limit = (eager.double() - true).norm() + eps * true.norm()
+            if dtype != exact:
+                limit += 1.2 * (true.to(dtype).double() - true).norm()
+            assert (ours.cpu().double() - true).norm() <= limit, shape
+
+
+@every_cam_method
+def test_cam_bad_value_stays_in_its_image(kernel: str, method: str) -> None:
+    for last in (False, True):
+        a, g = on_gpu(*cam_pair((4, 40, 7, 7), torch.float32, method, last))
+        clean = fastxkd.cam_from(a, g, method, (9, 9))
+        a[2, 3, 1, 1] = NAN
+        dirty = fastxkd.cam_from(a, g, method, (9, 9))
+        rest = torch.tensor([0, 1, 3], device=CUDA)
+        assert torch.equal(dirty[rest], clean[rest])
+        assert dirty[2].isnan().all()
+
+
+@every_cam_method
+def test_cam_no_call_waits_and_the_numbers_are_the_same(kernel: str, method: str) -> None:
+    for last in (False, True):
+        given = on_gpu(*cam_pair((8, 512, 14, 14), torch.bfloat16, method, last))
+        expected = cam_step(*given, method)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = cam_step(*given, method)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["gradcam++", "layercam"])
+def test_cam_graph_capture_and_replay(kernel: str, method: str) -> None:
+    a, g = on_gpu(*cam_pair((4, 64, 7, 7), torch.float32, method))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            cam_step(a, g, method)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = cam_step(a, g, method)
+    for seed in range(3):
+        generator = torch.Generator(CUDA).manual_seed(seed)
+        a.uniform_(generator=generator)
+        g.normal_(generator=generator)
+        graph.replay()
+        for one, other in zip(found, cam_step(a, g, method), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_cam_two_streams(kernel: str) -> None:
+    """Launches of two streams run beside each other and share no scratch."""
+    shapes = ((16, 256, 28, 28), (15, 256, 28, 28))
+    given = [on_gpu(*cam_pair(shape, torch.float32, "xgradcam")) for shape in shapes]
+    expected = [cam_step(*pair, "xgradcam") for pair in given]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found: list[list[list[Tensor]]] = [[], []]
+    for _ in range(10):
+        for mine, stream, pair in zip(found, streams, given, strict=True):
+            with torch.cuda.stream(stream):
+                mine.append(cam_step(*pair, "xgradcam"))
+    torch.cuda.synchronize()
+    for mine, right in zip(found, expected, strict=True):
+        for one in mine:
+            assert all(torch.equal(x, y) for x, y in zip(one, right, strict=True))
+
+
+def test_cam_offsets_beyond_31_bits(kernel: str) -> None:
+    shape = (600, 1200, 56, 56)
+    count = torch.Size(shape).numel()
+    assert count > 2**31
+    free = torch.cuda.mem_get_info()[0]
+    if free < 1.2 * 6 * count:
+        pytest.skip(f"needs {7.2 * count / 2**30:.0f} GiB of free memory, has {free / 2**30:.0f}")
+    a = torch.rand(shape, dtype=torch.bfloat16, device=CUDA)
+    for method in ("gradcam++", "layercam"):
+        maps = fastxkd.cam_from(a, a, method)
+        torch.testing.assert_close(maps[-2:], fastxkd.cam_from(a[-2:], a[-2:], method))
+    upstream = torch.rand(600, 56, 56, device=CUDA)
+    weights = torch.rand(600, 1200, dtype=torch.bfloat16, device=CUDA)
+    found = torch.ops.fastxkd.cam_backward(upstream, a, weights, "weights")
+    part = torch.ops.fastxkd.cam_backward(upstream[-2:], a[-2:], weights[-2:], "weights")
+    for one, other in zip(found, part, strict=True):
+        torch.testing.assert_close(one[-2:], other)
+
+
+# --- sums over pairs of distances
+
+
+def distance_sums(features: list[Tensor]) -> list[Tensor]:
+    """The sums and, of the first two features, a gradient."""
+    leaves = [x.detach().requires_grad_(True) for x in features[:2]]
+    names = [str(k) for k in range(len(features))]
+    products, row_sums = distance.distance_sums([*leaves, *features[2:]], names)
+    scale = products.detach().max()
+    grads = torch.autograd.grad(products.sum() / scale + row_sums.sum() / scale, leaves)
+    return [products.detach(), row_sums.detach(), *grads]
+
+
+@pytest.fixture(params=["2048 rows", "64 rows"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_distance_gpu, "TILE", int(request.param.split()[0]))
+
+
+@pytest.mark.usefixtures("tile")
+@every_dtype
+def test_distance_matches_float64(kernel: str, dtype: torch.dtype) -> None:
+    eps = 1e-12 if dtype == torch.float64 else 1e-6
+    for n, widths in ((4, [1, 2]), (33, [7, 64, 2]), (300, [20, 3, 16, 17, 500])):
+        features = test_distance.related(n, widths, dtype)
+        found = distance_sums(on_gpu(*features))
+        true = distance_sums([x.double() for x in features])
+        for one, other in zip(found[:2], true[:2], strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=eps, atol=0)
+        for one, other in zip(found[2:], true[2:], strict=True):
+            limit = 10 * eps * other.norm()
+            if dtype in (torch.bfloat16, torch.float16):
+                limit = limit + 1.2 * (other.to(dtype).double() - other).norm()
+            assert (one.cpu().double() - other).norm() <= limit
+
+
+def test_distance_of_near_neighbours(kernel: str) -> None:
+    """Whatever is allowed of other products: these have all digits of float32."""
+    x = 10 * torch.nn.functional.normalize(torch.randn(400, 64))
+    x = torch.cat([x, x + 1e-4 * torch.randn(400, 64)])
+    true = oracles.distances(x.double())
+    before = torch.get_float32_matmul_precision()
+    try:
+        for allowed in ("highest", "high"):
+            torch.set_float32_matmul_precision(allowed)
+            d = distance.distance_matrix(x.to(CUDA), "x", rows=800).cpu().double()
+            assert torch.get_float32_matmul_precision() == allowed
+            near, rest = d.diagonal(400), true.diagonal(400)
+            torch.testing.assert_close(near, rest, rtol=1e-6, atol=0)
+            torch.testing.assert_close(d, true, rtol=1e-5, atol=0)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("tile")
+def test_distance_never_waits_and_the_numbers_are_the_same(kernel: str) -> None:
+    features = on_gpu(*test_distance.related(300, [20, 3, 100], torch.float32))
+    expected = distance_sums(features)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = distance_sums(features)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_distance_graph_capture_and_replay(kernel: str) -> None:
+    features = on_gpu(*test_distance.related(100, [20, 3], torch.float32))
+    names = ["x", "y"]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            distance.distance_sums(features, names)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = distance.distance_sums(features, names)
+    for seed in range(3):
+        for x in features:
+            x.normal_(generator=torch.Generator(CUDA).manual_seed(seed))
+        graph.replay()
+        for one, other in zip(found, distance.distance_sums(features, names), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_pair_distances(kernel: str) -> None:
+    for dtype, eps in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        for n, width in ((1, 1), (33, 100), (300, 2000)):
+            x = 100 + torch.randn(n, width, dtype=dtype)
+            found = distance.pair_distances(x.to(CUDA)).cpu()
+            true = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+            torch.testing.assert_close(found, true, rtol=eps, atol=0)
+
+
+def test_backward_of_distance_is_on_the_backend_asked_for(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd's thread has not seen use_backend."""
+    seen = []
+    real = _distance_gpu.run_grad_tile
+
+    def spy(backend: str, *rest: Any) -> None:
+        seen.append(backend)
+        real(backend, *rest)
+
+    monkeypatch.setattr(_distance_gpu, "run_grad_tile", spy)
+    distance_sums(on_gpu(*test_distance.related(20, [5, 30], torch.float32)))
+    assert set(seen) == {kernel}
 
 
 # --- everything else, on the device

@@ -31,6 +31,7 @@ TINY = gpu.Plan(
     linear=(8, 6, 5, 40),
     maps=((2, 3, 4, 4),),
     samples=(12, 5),
+    layers=(3, 12, 5),
     rounds=2,
     seconds=0.002,
     compile=False,
@@ -77,10 +78,18 @@ def test_whole_pipeline(tmp_path: Path) -> None:
         assert row["call_ms"] > 0
         assert row["times_floor"] > 0
     assert sorted(cases)[:3] == [
-        "cam gradcam 2x3x4x4 float32",
-        "cam layercam 2x3x4x4 float32",
-        "distance_correlation 12x5 float32",
+        f"cam gradcam 2x3x4x4 {case}"
+        for case in ("channels_last bfloat16", "channels_last float32", "contiguous bfloat16")
     ]
+    by_backend = [f"{b}{o}" for b in BACKENDS for o in ("", ", backward")]
+    assert cases["cam gradcam++ 2x3x4x4 contiguous float32"] == [
+        "floor: read both",
+        *by_backend,
+        "eager",
+    ]
+    last = cases["cam layercam 2x3x4x4 channels_last bfloat16"]
+    assert last == ["floor: read both", *BACKENDS, "eager"]
+    assert cases["distance_correlation 12x5 float32"]
     mine = [f"{b}{o}" for b in BACKENDS for o in (", operator", "")]
     for case in ("6x50 float32", "6x50 bfloat16", "3x9 float32", "3x9 bfloat16"):
         found = cases[f"kd_loss {case}"]
@@ -111,7 +120,8 @@ def test_whole_pipeline(tmp_path: Path) -> None:
     assert all("Liger" in x["what"] for x in report.left_out)
     assert len(report.left_out) == 4
     names = {c["what"] for c in report.checks}
-    assert len(names) == len(BACKENDS) * DIVERGENCES * 2 + len(test_gpu.LOSSES)
+    of_backend = DIVERGENCES + len(test_gpu.CAM_METHODS)
+    assert len(names) == len(BACKENDS) * of_backend * 2 + len(test_gpu.LOSSES)
     assert [c for c in report.checks if not c["passed"]] == []
 
     kept = json.loads((tmp_path / "out" / "gpu.json").read_text())
@@ -282,16 +292,23 @@ def test_numbers_tell_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyP
         TINY, backends=("reference",), dtypes=("float32",), divergences=("forward_kl", "tvd")
     )
     monkeypatch.setattr(test_gpu, "LOSSES", {"at": test_gpu.LOSSES["at"]})
-    real = test_gpu.loss_of
+    monkeypatch.setattr(test_gpu, "CAM_METHODS", ("gradcam", "layercam"))
+    real, right = test_gpu.loss_of, fastxkd.cam_from
 
     def off(student: Any, teacher: Any, labels: Any, options: Any) -> torch.Tensor:
         return (1.001 if "divergence" in options else 1) * real(student, teacher, labels, options)
 
+    def off_map(a: Any, g: Any, method: str, size: Any) -> torch.Tensor:
+        return (1.001 if method == "layercam" else 1) * right(a, g, method, size)
+
     monkeypatch.setattr(test_gpu, "loss_of", off)
+    monkeypatch.setattr(fastxkd, "cam_from", off_map)
     gpu.numbers(gpu.Stage(plan, tmp_path / "lines", 60, None))
     assert [(c["what"], c["passed"]) for c in told(tmp_path)] == [
         ("reference, forward_kl, float32", True),
         ("reference, tvd, float32", False),
+        ("reference, cam gradcam, float32", True),
+        ("reference, cam layercam, float32", False),
         ("at", True),
     ]
 

@@ -192,15 +192,14 @@ def test_targets(net: Net, images: Tensor) -> None:
             torch.tensor(index),
             torch.tensor(index, dtype=torch.int32),
             [one(k) for k in index],
-            lambda out: out[torch.arange(4), index],
-            lambda out: out[torch.arange(4), index].sum(),
         ):
             torch.testing.assert_close(cam(images, targets), expected, rtol=0, atol=1e-6)
         objective = cam(images, objective=lambda out: out[torch.arange(4), index].sum())
         torch.testing.assert_close(objective, expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(
-            cam(images, 5), by_hand(net, net.tail, images, [5] * 4), rtol=0, atol=1e-6
-        )
+        for targets in (5, one(5)):  # of every image
+            torch.testing.assert_close(
+                cam(images, targets), by_hand(net, net.tail, images, [5] * 4), rtol=0, atol=1e-6
+            )
         torch.testing.assert_close(cam(images), by_hand(net, net.tail, images), rtol=0, atol=1e-6)
 
 

@@ -184,6 +184,36 @@ def test_batch_mode_leaves_a_small_batch_out() -> None:
     assert metric.compute().item() == pytest.approx(true.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("embedded", [True, False])
+def test_batch_mode_leaves_a_single_class_out(embedded: bool) -> None:
+    """As from a loader that is not shuffled: zeros for such batches would hide the score."""
+    student, base, labels = data(30)
+    order = labels.sort(stable=True).indices
+    targets = torch.randn(3, 4)[labels] if embedded else labels
+    metric, partial = RS("batch"), RS("batch")
+    metric.update(student[:12], targets[:12])
+    partial.update(student[:12], targets[:12], base[:12])
+    first = metric.compute(), partial.compute()
+    one = order[:8]
+    with pytest.warns(UserWarning, match="RelevanceScore: a batch of a single class was left out"):
+        metric.update(student[one], targets[one])
+    with pytest.warns(UserWarning, match="single class"):
+        partial.update(student[one], targets[one], base[one])
+    assert (metric.compute(), partial.compute()) == first
+    alone = RS("batch")
+    with pytest.warns(UserWarning, match="single class"):
+        alone.update(student[one], targets[one])
+    with pytest.raises(ValueError, match="RelevanceScore: no batch with a score was seen"):
+        alone.compute()
+
+
+def test_options_that_do_not_fit_together() -> None:
+    with pytest.raises(ValueError, match="mode: expected one of dataset, batch, got 'epoch'"):
+        FSS("epoch")
+    with pytest.raises(ValueError, match="gather: False is for mode='dataset'"):
+        RS("batch", gather=False)
+
+
 @pytest.mark.parametrize("mode", ["dataset", "batch"])
 def test_reset(mode: str) -> None:
     student, base, labels = data()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastxkd
 from fastxkd.cam import unicam_weights
+from fastxkd.metrics import LayerScores
 from tests import oracles
 
 # (n, c, h, w) of the explained layer and the shape of the base's
@@ -41,7 +42,7 @@ def relative(found: Tensor, true: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("shape", "base"), SHAPES, ids=str)
-def test_weights_are_the_gradient(backend: str, shape: Any, base: Any) -> None:
+def test_weights_are_the_gradient(shape: Any, base: Any) -> None:
     a, b, labels = batch(shape, base)
     true = oracles.unicam_weights(a, b, one_hot(labels))
     found = unicam_weights(a, b, labels)
@@ -56,9 +57,7 @@ def test_weights_are_the_gradient(backend: str, shape: Any, base: Any) -> None:
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize(("shape", "base"), SHAPES[1:], ids=str)
-def test_weights_in_low_precision(
-    backend: str, shape: Any, base: Any, dtype: torch.dtype, limit: float
-) -> None:
+def test_weights_in_low_precision(shape: Any, base: Any, dtype: torch.dtype, limit: float) -> None:
     """Features are rounded by their dtype, the computation is not."""
     a, b, labels = batch(shape, base, dtype)
     true = oracles.unicam_weights(a.double(), b.double(), one_hot(labels))
@@ -67,13 +66,13 @@ def test_weights_in_low_precision(
     assert relative(found, true) < limit
 
 
-def test_weights_of_wide_features(backend: str) -> None:
+def test_weights_of_wide_features() -> None:
     a, b, labels = batch((16, 64, 28, 28), (16, 64, 28, 28), torch.float32)
     true = oracles.unicam_weights(a.double(), b.double(), one_hot(labels))
     assert relative(unicam_weights(a, b, labels), true) < 1e-3
 
 
-def test_label_embeddings(backend: str) -> None:
+def test_label_embeddings() -> None:
     a, b, labels = batch((24, 6, 4, 4), (24, 5))
     embeddings = torch.randn(3, 10, dtype=torch.float64)[labels]
     true = oracles.unicam_weights(a, b, embeddings)
@@ -85,7 +84,7 @@ def test_label_embeddings(backend: str) -> None:
     assert relative(unicam_weights(a, b, 5 * labels + 100), by_index) < 1e-12
 
 
-def test_layouts(backend: str) -> None:
+def test_layouts() -> None:
     a, b, labels = batch((24, 6, 4, 4), (24, 5, 3, 3))
     expected = unicam_weights(a, b, labels)
     last = torch.channels_last
@@ -96,13 +95,13 @@ def test_layouts(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_nothing_to_be_relevant_to(backend: str, dtype: torch.dtype) -> None:
+def test_nothing_to_be_relevant_to(dtype: torch.dtype) -> None:
     a, b, labels = batch((12, 6, 4, 4), (12, 5), dtype)
     assert not unicam_weights(a, b, torch.full_like(labels, 2)).any()
     assert not unicam_weights(torch.ones_like(a), b, labels).any()
 
 
-def test_constant_base_takes_nothing_out(backend: str) -> None:
+def test_constant_base_takes_nothing_out() -> None:
     a, b, labels = batch((12, 6, 4, 4), (12, 5))
     leaf = a.clone().requires_grad_(True)
     oracles.correlation(leaf, one_hot(labels), unbiased=True).backward()
@@ -110,7 +109,7 @@ def test_constant_base_takes_nothing_out(backend: str) -> None:
     assert relative(found, leaf.grad.mean((2, 3))) < 1e-10
 
 
-def test_duplicate_images(backend: str) -> None:
+def test_duplicate_images() -> None:
     a, b, labels = batch((12, 6, 4, 4), (12, 5))
     a[4], b[4] = a[1], b[1]
     true = oracles.unicam_weights(a, b, one_hot(labels))
@@ -150,6 +149,12 @@ def kept(model: Net, layer: str, images: Tensor) -> Tensor:
     return captured.activations[layer]
 
 
+def assert_scores(found: list[LayerScores], expected: list[LayerScores]) -> None:
+    for row, true in zip(found, expected, strict=True):
+        assert row.layer == true.layer
+        assert row[1:] == pytest.approx(true[1:], abs=1e-6)
+
+
 def test_maps_and_scores(models: tuple[Net, Net], images: Tensor) -> None:
     student, base = models
     out = fastxkd.UniCAM(student, base, ["two"])(images, LABELS)
@@ -163,7 +168,7 @@ def test_maps_and_scores(models: tuple[Net, Net], images: Tensor) -> None:
         raw = oracles.cam_raw(x.double(), weights, "weights")
         true = oracles.cam_finish(raw, (18, 14), True, 2)
         torch.testing.assert_close(found.double(), true, rtol=0, atol=5e-3)
-    assert out.scores == fastxkd.layer_scores({"two": a}, {"two": b}, LABELS)
+    assert_scores(out.scores, fastxkd.layer_scores({"two": a}, {"two": b}, LABELS))
     assert not out.distilled.requires_grad
 
 
@@ -204,7 +209,10 @@ def test_several_layers_are_the_mean(models: tuple[Net, Net], images: Tensor) ->
     maps = []
     for layer in ("one", "two"):
         a, b = kept(student, layer, images), kept(base, layer, images)
-        raw = oracles.cam_raw(a, unicam_weights(a, b, LABELS), "weights")
+        weights = unicam_weights(a, b, LABELS)
+        # Min-max has an epsilon, which does not see how small a gradient of the batch is.
+        weights /= weights.abs().amax(1, keepdim=True)
+        raw = oracles.cam_raw(a, weights, "weights")
         maps.append(oracles.cam_finish(raw, (18, 14), True, 1))
     true = oracles.cam_finish(torch.stack(maps).mean(0), (18, 14), False, 1)
     torch.testing.assert_close(both.distilled, true, rtol=0, atol=1e-9)
@@ -215,10 +223,8 @@ def test_layers_pair_by_order(models: tuple[Net, Net], images: Tensor) -> None:
     unicam = fastxkd.UniCAM(student, base, target_layers=[student.two], base_layers=["one"])
     out = unicam(images, LABELS, size=None)
     assert out.distilled.shape == (12, 7, 5)
-    (row,) = out.scores
-    assert row.layer == "two"
     a, b = kept(student, "two", images), kept(base, "one", images)
-    assert row == fastxkd.layer_scores({"two": a}, {"one": b}, LABELS)[0]
+    assert_scores(out.scores, fastxkd.layer_scores({"two": a}, {"one": b}, LABELS))
 
 
 def test_embeddings(models: tuple[Net, Net], images: Tensor) -> None:
@@ -269,4 +275,4 @@ def test_memory_does_not_hold_the_broadcast() -> None:
     a, b, labels = batch((32, 64, 28, 28), (32, 64, 28, 28), torch.float32)
     peak = oracles.peak_bytes(lambda: unicam_weights(a, b, labels))
     broadcast = 32 * a.numel() * a.element_size()
-    assert peak < broadcast / 8
+    assert peak < broadcast / 50

@@ -499,7 +499,7 @@ def test_empty_batch() -> None:
         fastxkd.distance_correlation(X[:0], X[:0])
     with pytest.raises(ValueError, match=r"FeatureSimilarityScore: compute\(\) before any"):
         fss("dataset")
-    with pytest.raises(ValueError, match="FeatureSimilarityScore: no batch of at least 4 rows"):
+    with pytest.raises(ValueError, match="FeatureSimilarityScore: no batch with a score"):
         fss("batch")
 
 

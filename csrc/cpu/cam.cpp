@@ -4,6 +4,7 @@
 // same result for any number of threads, and short single-precision sums.
 //   gradcam     w_c = mean_p g            map = sum_c w_c A
 //   hirescam    map = sum_c g A           layercam    map = sum_c max(g, 0) A
+//   elementwise map = sum_c max(g A, 0)
 //   gradcam++   w_c = sum_p max(g, 0) g^2 / (2 g^2 + S_c g^3 + 1e-6),  S_c = sum_p A
 //   xgradcam    w_c = sum_p g A / (S_c + 1e-7)
 #include "simd.h"
@@ -110,10 +111,11 @@ void channel_weights(const Chunk<S>& x, int method, typename Compute<S>::type* w
 }
 
 // What a position adds: the activation times a channel weight, or times its own gradient.
-template <class S, int kKind>  // 0 weight, 1 gradient, 2 positive gradient
+template <class S, int kKind>  // 0 weight, 1 gradient, 2 positive gradient, 3 positive product
 FXK_INLINE typename Compute<S>::type term(const S* a, const S* g, typename Compute<S>::type w) {
   if (kKind == 0) return w * load(a);
   if (kKind == 1) return load(g) * load(a);
+  if (kKind == 3) return positive(load(g) * load(a));
   return positive(load(g)) * load(a);
 }
 
@@ -251,6 +253,8 @@ int64_t run(const CamArgs& a, int threads) {
       weighted_sum<S, 1>(x, weights, map);
     } else if (a.method == kLayerCAM) {
       weighted_sum<S, 2>(x, weights, map);
+    } else if (a.method == kElementwise) {
+      weighted_sum<S, 3>(x, weights, map);
     } else {
       channel_weights(x, a.method, weights);
       weighted_sum<S, 0>(x, weights, map);
@@ -293,13 +297,13 @@ void channel_backward(const CamBackwardArgs& x, int64_t n, int64_t c) {
   const F* u = static_cast<const F*>(x.upstream) + n * plane;
   S* da = static_cast<S*>(x.grad_activations) + at;
   S* dg = static_cast<S*>(x.grad_gradients) + (given ? n * x.channels + c : at);
-  if (x.method == kHiResCAM || x.method == kLayerCAM) {
-    const bool clip = x.method == kLayerCAM;
+  if (x.method == kHiResCAM || x.method == kLayerCAM || x.method == kElementwise) {
     for (int64_t p = 0; p < plane; ++p) {
-      const F grad = load(g + p);
-      const bool pass = !clip || grad > (F)0;
+      const F grad = load(g + p), act = load(a + p);
+      const F sign = x.method == kHiResCAM ? (F)1 : x.method == kLayerCAM ? grad : grad * act;
+      const bool pass = !(sign <= (F)0);  // NaN passes
       store(da + p, pass ? grad * u[p] : (F)0);
-      store(dg + p, pass ? load(a + p) * u[p] : (F)0);
+      store(dg + p, pass ? act * u[p] : (F)0);
     }
     return;
   }
@@ -332,7 +336,7 @@ void channel_backward(const CamBackwardArgs& x, int64_t n, int64_t c) {
     F on_total = 0;
     for (int64_t p = 0; p < plane; ++p) {
       const F grad = load(g + p);
-      if (!(grad > (F)0)) {
+      if (grad <= (F)0) {  // NaN is not
         store(dg + p, (F)0);
         continue;
       }

@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "cam.h"
+#include "distance.h"
 #include "kd_loss.h"
 
 namespace fxk {
@@ -69,10 +71,130 @@ inline void bound_kd_loss_scale(int device, Address stream, Address grad, Addres
                 classes, per_row, dtype);
 }
 
+// As the C++ kernel's, but for the shifts, which are on the device, and `narrow`.
+inline void bound_distance_tile(
+    int device, Address stream, Address scratch, const std::vector<int64_t>& grams,
+    const std::vector<int64_t>& features, const std::vector<int64_t>& strides,
+    const std::vector<int64_t>& dtypes, const std::vector<int64_t>& widths, Address row_norms,
+    Address col_norms, Address shifts, Address products, Address row_sums, int64_t rows,
+    int64_t cols, int64_t row_offset, int64_t col_offset, int64_t row_sums_stride, bool diagonal,
+    int dtype, int narrow) {
+  for (size_t size : {features.size(), strides.size(), dtypes.size(), widths.size()})
+    if (size != grams.size())
+      throw std::invalid_argument("distance_tile: expected one entry per matrix");
+  DistanceTileArgs a{};
+  a.matrices = (int64_t)grams.size();
+  a.rows = rows;
+  a.cols = cols;
+  a.grams = grams.data();
+  a.features = features.data();
+  a.feature_strides = strides.data();
+  a.feature_dtypes = dtypes.data();
+  a.widths = widths.data();
+  a.row_norms = pointer<void>(row_norms);
+  a.col_norms = pointer<void>(col_norms);
+  a.shifts = pointer<double>(shifts);
+  a.products = pointer<double>(products);
+  a.row_sums = pointer<double>(row_sums);
+  a.row_offset = row_offset;
+  a.col_offset = col_offset;
+  a.row_sums_stride = row_sums_stride;
+  a.diagonal = diagonal;
+  a.dtype = dtype;
+  pybind11::gil_scoped_release release;
+  distance_tile(a, narrow, device, pointer<void>(stream), pointer<double>(scratch));
+}
+
+inline void bound_distance_grad_tile(int device, Address stream, Address distances, Address weights,
+                                     Address factors, Address on_rows, Address on_cols,
+                                     int64_t matrices, int64_t k, int64_t rows, int64_t cols,
+                                     int dtype) {
+  pybind11::gil_scoped_release release;
+  distance_grad_tile(pointer<void>(distances), pointer<void>(weights), pointer<void>(factors),
+                     pointer<double>(on_rows), pointer<double>(on_cols), matrices, k, rows, cols,
+                     dtype, device, pointer<void>(stream));
+}
+
+inline void bound_pair_distances(int device, Address stream, Address rows, Address out, int64_t n,
+                                 int64_t width, int dtype) {
+  pybind11::gil_scoped_release release;
+  pair_distances(pointer<void>(rows), pointer<double>(out), n, width, dtype, device,
+                 pointer<void>(stream));
+}
+
+// sizes and strides as in bindings.cpp.
+inline CamArgs cam_arguments(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                             int method, int dtype) {
+  if (sizes.size() != 6 || strides.size() != 6)
+    throw std::invalid_argument("cam: expected six sizes and six strides");
+  CamArgs a{};
+  a.n = sizes[0];
+  a.channels = sizes[1];
+  a.height = sizes[2];
+  a.width = sizes[3];
+  a.out_height = sizes[4];
+  a.out_width = sizes[5];
+  a.activation_stride_n = strides[0];
+  a.activation_stride_c = strides[1];
+  a.activation_stride_p = strides[2];
+  a.gradient_stride_n = strides[3];
+  a.gradient_stride_c = strides[4];
+  a.gradient_stride_p = strides[5];
+  a.method = method;
+  a.dtype = dtype;
+  return a;
+}
+
+inline int64_t bound_cam_workspace(const std::vector<int64_t>& sizes,
+                                   const std::vector<int64_t>& strides, int method, int dtype,
+                                   int device) {
+  return cam_workspace(cam_arguments(sizes, strides, method, dtype), device);
+}
+
+inline void bound_cam(int device, Address stream, Address scratch, Address activations,
+                      Address gradients, Address out, const std::vector<int64_t>& sizes,
+                      const std::vector<int64_t>& strides, int method, bool relu, int normalize,
+                      int dtype) {
+  CamArgs a = cam_arguments(sizes, strides, method, dtype);
+  a.activations = pointer<void>(activations);
+  a.gradients = pointer<void>(gradients);
+  a.out = pointer<void>(out);
+  a.relu = relu;
+  a.normalize = normalize;
+  pybind11::gil_scoped_release release;
+  cam(a, device, pointer<void>(stream), pointer<double>(scratch));
+}
+
+inline void bound_cam_backward(int device, Address stream, Address activations, Address gradients,
+                               Address upstream, Address grad_activations, Address grad_gradients,
+                               int64_t n, int64_t channels, int64_t plane, int method, int dtype) {
+  CamBackwardArgs a{};
+  a.activations = pointer<void>(activations);
+  a.gradients = pointer<void>(gradients);
+  a.upstream = pointer<void>(upstream);
+  a.grad_activations = pointer<void>(grad_activations);
+  a.grad_gradients = pointer<void>(grad_gradients);
+  a.n = n;
+  a.channels = channels;
+  a.plane = plane;
+  a.method = method;
+  a.dtype = dtype;
+  pybind11::gil_scoped_release release;
+  cam_backward(a, device, pointer<void>(stream));
+}
+
 inline void bind_operators(pybind11::module_& m) {
   m.def("kd_loss", &bound_kd_loss);
   m.def("kd_loss_workspace", &kd_loss_workspace);
   m.def("kd_loss_scale", &bound_kd_loss_scale);
+  m.def("cam", &bound_cam);
+  m.def("cam_workspace", &bound_cam_workspace);
+  m.def("cam_backward", &bound_cam_backward);
+  m.attr("DISTANCE_NARROW") = kDistanceNarrow;
+  m.def("distance_tile", &bound_distance_tile);
+  m.def("distance_workspace", &distance_workspace);
+  m.def("distance_grad_tile", &bound_distance_grad_tile);
+  m.def("pair_distances", &bound_pair_distances);
 }
 
 }  // namespace cuda

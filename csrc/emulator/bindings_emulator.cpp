@@ -1,7 +1,9 @@
 // The CUDA kernels' source compiled for the emulator, and kernels that it must reject. For tests
 // only: no installed package holds this.
 #include "../cuda/bindings.h"
+#include "../cuda/cam.cu"
 #include "../cuda/dist.cu"
+#include "../cuda/distance.cu"
 #include "../cuda/kd_loss.cu"
 #include "../cuda/kd_loss_scale.cu"
 

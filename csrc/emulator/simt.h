@@ -268,6 +268,7 @@ inline unsigned __ballot_sync(unsigned mask, int vote, int line = __builtin_LINE
   return fxk::emulator::collective<unsigned>("__ballot_sync", mask, -1, vote != 0, line);
 }
 inline void __threadfence() {}
+inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int atomicAdd(int* at, int value) {
   const int before = *at;
   *at += value;

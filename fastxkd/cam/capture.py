@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastxkd.cam.maps import Normalize, maps_of_layers
+from fastxkd.cam.layouts import to_spatial
+from fastxkd.cam.maps import Normalize, check_aggregate, maps_of_layers
 
 Layers = Sequence[nn.Module | str] | nn.Module | str
 
@@ -66,7 +68,9 @@ class _Hook:
         self.name = name
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if threading.get_ident() != self.tap.thread:
+        # DataParallel runs the model's replicas in threads of its own.
+        replica = getattr(module, "_is_replica", False)
+        if threading.get_ident() != self.tap.thread and not replica:
             return None
         whole, output = output, output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(output, Tensor):
@@ -74,7 +78,7 @@ class _Hook:
                 f"target layer {self.name!r}: expected a Tensor as its output or as the first of"
                 f" a tuple, got {type(output).__name__}"
             )
-        passed_on = self.tap.take(self.name, output)
+        passed_on = self.tap.take(self.name, output, replica)
         if output is whole:
             return passed_on
         make = getattr(type(whole), "_make", type(whole))  # a namedtuple takes no iterable
@@ -85,31 +89,57 @@ class Tap:
     """Hooks on some layers of a model, while the ``with`` block lasts.
 
     Args:
+        layers: names to modules.
         cut: start the graph at the first layer reached: what comes before it runs without one.
         one_pass: the model runs once; warn where a layer runs more often.
+        model: what will run. Compiled, it runs eagerly in the block, since compiled code knows
+            nothing of hooks that come later; from its call on, what an earlier pass left is gone.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], *, cut: bool, one_pass: bool) -> None:
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        *,
+        cut: bool,
+        one_pass: bool,
+        model: nn.Module | None = None,
+    ) -> None:
         self.layers = layers
         self.cut = cut
         self.one_pass = one_pass
-        self.activations: dict[str, Tensor] = {}
+        self.model = model
+        # One tensor for each layer, or one for each replica of it.
+        self.parts: dict[str, list[Tensor]] = {}
         self.thread = 0
-        self._handles: list[Any] = []
+        # (height, width) of the images that went in, where the model itself was called with some.
+        self.image: tuple[int, ...] | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Tap:
         self.thread = threading.get_ident()
-        for name, module in self.layers.items():
-            self._handles.append(module.register_forward_hook(_Hook(self, name)))
+        with ExitStack() as stack:
+            if self.model is not None:
+                stack.enter_context(_eagerly(self.model))
+                handle = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+                stack.callback(handle.remove)
+            for name, module in self.layers.items():
+                handle = module.register_forward_hook(_Hook(self, name))
+                stack.callback(handle.remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._stack.close()
 
-    def take(self, name: str, output: Tensor) -> Tensor:
-        if self.one_pass and name in self.activations:
+    def _begin(self, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if threading.get_ident() != self.thread:
+            return
+        self.parts.clear()
+        tensors = [x for x in (*inputs, *keywords.values()) if isinstance(x, Tensor)]
+        self.image = tuple(tensors[0].shape[2:]) if tensors and tensors[0].dim() > 3 else None
+
+    def take(self, name: str, output: Tensor, replica: bool) -> Tensor:
+        if self.one_pass and name in self.parts:
             warnings.warn(
                 f"target layer {name!r} ran more than once in this forward pass; the last run is"
                 " explained",
@@ -120,25 +150,46 @@ class Tap:
             # A tensor made in inference mode can start no graph; its copy can.
             output = (output.clone() if output.is_inference() else output).detach()
             output.requires_grad_(True)
-        self.activations[name] = output
+        if replica:
+            self.parts.setdefault(name, []).append(output)
+        else:
+            self.parts[name] = [output]
         # The model gets a copy: an in-place operation further on must not reach what is kept.
         return output.clone()
 
-    def reached(self) -> dict[str, Tensor]:
-        missing = [name for name in self.layers if name not in self.activations]
+    def replicas(self) -> dict[str, list[Tensor]]:
+        """What each layer gave: one tensor, or those of its replicas, in the batch's order."""
+        missing = [name for name in self.layers if name not in self.parts]
         if missing:
             raise ValueError(
                 f"target layer {missing[0]!r} was never reached in the forward pass; it is"
                 " defined in the model but not used for these inputs"
             )
-        return {name: self.activations[name] for name in self.layers}
+        devices = getattr(self.model, "device_ids", None) or []
+
+        def place(part: Tensor) -> int:
+            index = part.device.index
+            return devices.index(index) if index in devices else 0
+
+        return {name: sorted(self.parts[name], key=place) for name in self.layers}
+
+    def reached(self) -> dict[str, Tensor]:
+        """What each layer gave, of the whole batch."""
+        return {name: joined(parts) for name, parts in self.replicas().items()}
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The batch that replicas have seen in parts, on the first one's device."""
+    return parts[0] if len(parts) == 1 else torch.cat([p.to(parts[0].device) for p in parts])
 
 
 class capture:
     """Keep the activations of layers during a forward pass of your own.
 
     The pass is yours: training mode, autocast, gradients and hooks stay as they are. One capture
-    may see several passes; it holds the last.
+    may see several passes; it holds the last. Inside the block a model compiled by
+    ``torch.compile`` runs eagerly, and its compiled code is as good as before afterwards.
+    The replicas of ``DataParallel`` are put together again.
 
     Args:
         model: the model that will run inside the ``with`` block.
@@ -156,7 +207,10 @@ class capture:
     """
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
-        self._tap = Tap(resolve_layers(model, layers, "layers"), cut=False, one_pass=False)
+        self._model = model
+        self._tap = Tap(
+            resolve_layers(model, layers, "layers"), cut=False, one_pass=False, model=model
+        )
 
     def __enter__(self) -> capture:
         self._tap.__enter__()
@@ -175,10 +229,13 @@ class capture:
         method: str = "gradcam",
         *,
         score: Tensor,
-        size: tuple[int, int] | None = None,
+        size: Literal["input"] | tuple[int, ...] | None = None,
         normalize: Normalize = "minmax",
+        aggregate: Literal["mean"] | None = "mean",
+        eigen_smooth: bool = False,
         differentiable: bool = False,
-    ) -> Tensor:
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:
         """Maps ``[n, h, w]`` of the captured pass, the mean over layers where there are several.
 
         Takes gradients of ``score`` (a scalar, e.g. the sum of the logits of interest) with
@@ -187,31 +244,95 @@ class capture:
         Args:
             method: as in :func:`fastxkd.cam_from`.
             score: a scalar that depends on the captured layers.
-            size: resize to (height, width); None keeps the first layer's resolution.
+            size: resize to (height, width), or to that of the ``"input"``; None keeps the first
+                layer's resolution.
             normalize: ``"minmax"`` or None.
+            aggregate: ``"mean"`` over layers, or None: a list with one tensor per layer.
+            eigen_smooth: as in :func:`fastxkd.cam_from`.
             differentiable: build the graph for a loss on the maps.
+            reshape_transform: as in :class:`fastxkd.GradCAM`; where only parts of the model were
+                called, its images are not known, and token layouts need one.
         """
-        activations = list(self.activations.values())
+        layers = self._tap.replicas()
         if not isinstance(score, Tensor) or score.numel() != 1 or not score.requires_grad:
             what = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(f"score: expected a scalar with a graph, got {what}")
-        gradients = torch.autograd.grad(
-            score.sum(),
-            activations,
-            create_graph=differentiable,
-            retain_graph=True,
-            allow_unused=True,
+        image = self._tap.image
+        if size == "input":
+            if image is None:
+                raise ValueError("size: no images are known, the model itself was not called")
+            size = image
+        check_aggregate(aggregate)
+        flat = [part for parts in layers.values() for part in parts]
+        each = iter(
+            torch.autograd.grad(
+                score.sum(),
+                flat,
+                create_graph=differentiable,
+                retain_graph=True,
+                allow_unused=True,
+            )
         )
         with torch.set_grad_enabled(differentiable):
+            activations, gradients = [], []
+            for parts in layers.values():
+                found = [next(each) for _ in parts]
+                unused = all(gradient is None for gradient in found)
+                whole = [
+                    torch.zeros_like(part) if gradient is None else gradient
+                    for part, gradient in zip(parts, found, strict=True)
+                ]
+                spatial = partial(
+                    to_spatial, transform=reshape_transform, image=image, model=bare(self._model)
+                )
+                activations.append(spatial(joined(parts)))
+                gradients.append(None if unused else spatial(joined(whole)))
             return maps_of_layers(
-                list(self._tap.layers),
+                list(layers),
                 activations,
-                list(gradients),
+                gradients,
                 method=method,
                 size=size,
                 normalize=normalize,
-                aggregate="mean",
+                aggregate=aggregate,
+                eigen_smooth=eigen_smooth,
             )
+
+
+# Compiled models that run eagerly: how many blocks ask for it, and the way back.
+_eager: list[Any] = []
+_eager_lock = threading.Lock()
+
+
+@contextmanager
+def _eagerly(model: nn.Module) -> Iterator[None]:
+    """A compiled model's own code, with its hooks, for a while; nothing is compiled anew."""
+    # Older versions of torch have no stance; there, hooks in compiled code stay unseen.
+    stance = getattr(torch.compiler, "set_stance", None)
+    if stance is None or not any(map(_is_compiled, model.modules())):
+        yield
+        return
+    with _eager_lock:
+        _eager.append(stance("force_eager") if not _eager else _eager[0])
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            last = _eager.pop()
+            if not _eager:
+                last.__exit__(None, None, None)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # The type's name: to import the compiler for its own takes a second.
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or type(module).__name__ == "OptimizedModule"
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """What a wrapper of data parallelism wraps; gradients of one process, on one device."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return bare(model.module) if isinstance(model, parallel) else model
 
 
 # Models that are being evaluated, by whom many, and what to set back to training afterwards.

@@ -3,200 +3,67 @@ there on, and one fused operator from activations and gradients to maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastxkd.cam.capture import Layers, Tap, evaluating, resolve_layers
-from fastxkd.cam.maps import Normalize, check_normalize, maps_of_layers
+from fastxkd.cam.capture import Layers
+from fastxkd.cam.explainer import Explainer, Inputs, Signals
+from fastxkd.cam.targets import Objective, class_score, resolve_targets
 
 
-class GradientCAM:
-    """What the explainers share; a subclass names its method (see :func:`fastxkd.cam_from`).
+class GradientCAM(Explainer):
+    """A subclass names its method (see :func:`fastxkd.cam_from`).
 
-    Args:
-        model: any module; runs in eval mode during a call and is left exactly as it was, flags,
-            hooks and ``.grad`` included, also when it raises. Weights may be frozen.
-        target_layers: modules or names; with several, each layer's map is scaled to the output
-            size and the mean is taken.
-        reshape_transform: for token layouts: ``[n, tokens, c] -> [n, c, h, w]``, applied to
-            activations and gradients.
+    The trunk runs without a graph, the graph starts at the first target layer, and no gradient is
+    taken further down: a call costs a forward pass and little more.
     """
 
     method: str
 
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layers: Layers,
-        reshape_transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.model = model
-        self.target_layers = resolve_layers(model, target_layers, "target_layers")
-        self.reshape_transform = reshape_transform
-        self.outputs: Any = None
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.outputs = None
-
-    def __call__(
-        self,
-        images: Tensor,
-        targets: Any = None,
-        *,
-        output: Literal["tensor", "numpy"] = "tensor",
-        normalize: Normalize = "minmax",
-        size: Literal["input"] | tuple[int, int] | None = "input",
-        aggregate: Literal["mean"] | None = "mean",
-        differentiable: bool = False,
-        objective: Callable[[Any], Tensor] | None = None,
-    ) -> Any:
-        """Maps of a batch of images.
-
-        The trunk runs without a graph, the graph starts at the first target layer, and no
-        gradient is taken further down: a call costs a forward pass and little more.
-
-        Args:
-            images: ``[n, channels, height, width]``, n > 0.
-            targets: None (arg-max of each image) | int | list of int | LongTensor ``[n]`` | list
-                of callables, one per image, on its row of logits | one callable on the batch
-                output.
-            output: ``"tensor"``, on the images' device, or ``"numpy"``.
-            normalize: ``"minmax"``, or None: magnitudes are kept (after ReLU).
-            size: ``"input"``, (height, width), or None for the layer's resolution.
-            aggregate: ``"mean"`` over layers, or None: a list with one tensor per layer.
-            differentiable: keep the whole graph, for losses on maps.
-            objective: instead of targets, a callable on the batch output that returns a scalar.
-
-        Returns:
-            ``[n, height, width]`` float32 in [0, 1] (float64 for a float64 model). The model's
-            output stays in ``outputs`` until the next call, detached unless differentiable.
-
-        Raises:
-            ValueError, TypeError: a layer that is never reached, activations without spatial
-                axes, targets that fit neither the batch nor the classes, an empty batch.
-        """
-        _check_call(images, output, normalize, size, aggregate)
-        tap = Tap(self.target_layers, cut=not differentiable, one_pass=True)
-        # inference_mode(False): Lightning validates in inference mode, which enable_grad cannot
-        # leave; the trunk itself needs no graph.
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(differentiable),
-            evaluating(self.model),
-        ):
-            with tap:
-                result = self.model(images)
-            activations = list(tap.reached().values())
-            with torch.enable_grad():
-                score = class_score(result, targets, objective, images.shape[0])
-            if not score.requires_grad:
-                raise ValueError("targets: the score does not depend on the target layers")
-            gradients: list[Tensor | None] = list(
-                torch.autograd.grad(
-                    score, activations, create_graph=differentiable, allow_unused=True
-                )
-            )
-            with torch.set_grad_enabled(differentiable):
-                if self.reshape_transform is not None:
-                    activations = [self.reshape_transform(a) for a in activations]
-                    gradients = [g if g is None else self.reshape_transform(g) for g in gradients]
-                height, width = images.shape[-2:]
-                maps = maps_of_layers(
-                    list(self.target_layers),
-                    activations,
-                    gradients,
-                    method=self.method,
-                    size=(height, width) if size == "input" else size,
-                    normalize=normalize,
-                    aggregate=aggregate,
-                )
-        self.outputs = result if differentiable else _detached(result)
-        if output == "tensor":
-            return maps
-        arrays = [m.detach().float().cpu().numpy() for m in ([maps] if aggregate else maps)]
-        return arrays[0] if aggregate else arrays
-
-
-def _detached(result: Any) -> Any:
-    return result.detach() if isinstance(result, Tensor) else result
-
-
-def _check_call(images: Any, output: Any, normalize: Any, size: Any, aggregate: Any) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a Tensor, got {type(images).__name__}")
-    if images.dim() < 3 or images.shape[0] == 0:
-        raise ValueError(
-            f"images: expected a batch [n, channels, height, width] with n > 0,"
-            f" got {list(images.shape)}"
+    def _explain(
+        self, inputs: Inputs, targets: Any, objective: Objective | None, differentiable: bool
+    ) -> Signals:
+        return explain_score(
+            self,
+            inputs,
+            lambda output: self._score(output, targets, objective, len(inputs.images)),
+            self.method,
+            differentiable,
         )
-    check_normalize(normalize)
-    if output not in ("tensor", "numpy"):
-        raise ValueError(f"output: expected 'tensor' or 'numpy', got {output!r}")
-    if aggregate not in ("mean", None):
-        raise ValueError(f"aggregate: expected 'mean' or None, got {aggregate!r}")
-    if isinstance(size, str) and size != "input":
-        raise ValueError(f"size: expected 'input', None or (height, width), got {size!r}")
+
+    def _score(self, output: Any, targets: Any, objective: Objective | None, n: int) -> Tensor:
+        return class_score(output, targets, objective, n)
 
 
-def class_score(
-    output: Any, targets: Any, objective: Callable[[Any], Tensor] | None, n: int
-) -> Tensor:
-    """The scalar whose gradient is taken: the sum over images of what ``targets`` selects."""
-    if objective is not None:
-        if targets is not None:
-            raise ValueError("targets: expected None beside an objective, got both")
-        score = objective(output)
-        if not isinstance(score, Tensor) or score.numel() != 1:
-            got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise ValueError(f"objective: expected a scalar Tensor, got {got}")
-        return score.sum()
-    if callable(targets):
-        score = targets(output)
-        if not isinstance(score, Tensor):
-            raise ValueError(f"targets: expected the callable to return a Tensor, got {score!r}")
-        return score.sum()
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+def explain_score(
+    explainer: Explainer,
+    inputs: Inputs,
+    score_of: Callable[[Any], Tensor],
+    method: str,
+    differentiable: bool,
+) -> Signals:
+    """Activations, and gradients of a score of the model's output with respect to them."""
+    result, activations = explainer._forward(inputs, cut=not differentiable)
+    with torch.enable_grad():
+        score = score_of(result)
+    if not score.requires_grad:
         raise ValueError(
-            f"targets: the model returned {what}, not logits [n, classes]; pass objective=, a"
-            " callable on the model's output"
+            "targets: the score does not depend on the target layers, or not by a graph that"
+            " the model has left switched on"
         )
-    if targets is None:
-        index = output.argmax(1)
-    elif isinstance(targets, int):
-        index = torch.full((n,), targets, device=output.device)
-    elif isinstance(targets, Tensor):
-        index = targets
-    else:
-        targets = list(targets)
-        if len(targets) != n:
-            raise ValueError(f"targets: expected {n}, one per image, got {len(targets)}")
-        if all(callable(t) for t in targets):
-            return torch.stack([t(o).sum() for t, o in zip(targets, output, strict=True)]).sum()
-        if not all(isinstance(t, int) for t in targets):
-            kinds = sorted({type(t).__name__ for t in targets})
-            raise TypeError(f"targets: expected ints or callables, got {', '.join(kinds)}")
-        index = torch.tensor(targets, device=output.device)
-    if index.shape != (n,) or index.is_floating_point():
-        raise ValueError(
-            f"targets: expected {n} class indices, one per image, got {index.dtype}"
-            f" {list(index.shape)}"
+    gradients = torch.autograd.grad(
+        score, activations, create_graph=differentiable, allow_unused=True
+    )
+    with torch.set_grad_enabled(differentiable):
+        return Signals(
+            result,
+            [explainer._spatial(a, inputs) for a in activations],
+            [g if g is None else explainer._spatial(g, inputs) for g in gradients],
+            method,
         )
-    classes = output.shape[1]
-    # Indices that already lie on an accelerator are not read back; its own gather checks them.
-    if index.device.type == "cpu" and bool(((index < 0) | (index >= classes)).any()):
-        wrong = index[(index < 0) | (index >= classes)][0]
-        raise ValueError(f"targets: expected 0 <= class < {classes}, got {int(wrong)}")
-    index = index.to(output.device, torch.int64)
-    if index.is_inference():  # made under inference_mode: autograd may not keep it
-        index = index.clone()
-    return output.gather(1, index[:, None]).sum()
 
 
 class GradCAM(GradientCAM):
@@ -237,3 +104,86 @@ class XGradCAM(GradientCAM):
     """XGrad-CAM (Fu et al. 2020): gradients weighted by normalised activations."""
 
     method = "xgradcam"
+
+
+class GradCAMElementWise(GradientCAM):
+    """Element-wise Grad-CAM: positive products of activations and gradients (LayerCAM's map
+    where activations are not negative)."""
+
+    method = "elementwise"
+
+
+class EigenGradCAM(GradientCAM):
+    """The first principal component of activations times gradients, with HiResCAM's sign."""
+
+    method = "eigengradcam"
+
+
+class FinerCAM(GradientCAM):
+    r"""Finer-CAM (Zhang et al. 2025): what tells a class from the classes most like it.
+
+    The score of class k is :math:`\sum_j p_j (z_k - \alpha z_j) / \sum_j p_j` over the classes j
+    whose logits are closest to :math:`z_k`, with p the softmax of the logits z.
+
+    Args:
+        model, target_layers, reshape_transform, batch_size: as in :class:`GradCAM`.
+        base_method: the explainer that turns the score's gradients into maps.
+        alpha: how much of the others is taken away.
+        comparisons: which of the others, by closeness; 1 is the closest. Ranks that a model has
+            no classes for are left out.
+
+    ``targets`` as anywhere: callables and an objective replace the score.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(),
+    ...     torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 10))
+    >>> FinerCAM(model, "1", comparisons=[1])(torch.rand(2, 3, 16, 16), [3, 7]).shape
+    torch.Size([2, 16, 16])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Layers,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+        base_method: type[GradientCAM] = GradCAM,
+        *,
+        alpha: float = 1.0,
+        comparisons: Sequence[int] = (1, 2, 3),
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(model, target_layers, reshape_transform, batch_size=batch_size)
+        if not (isinstance(base_method, type) and issubclass(base_method, GradientCAM)):
+            raise TypeError(
+                f"base_method: expected an explainer of gradients, like GradCAM, got {base_method}"
+            )
+        if not hasattr(base_method, "method"):
+            raise TypeError(f"base_method: {base_method.__name__} names no method of its own")
+        if not comparisons or min(comparisons) < 1:
+            raise ValueError(f"comparisons: expected ranks from 1 on, got {list(comparisons)}")
+        self.method = base_method.method
+        self.alpha = alpha
+        self.comparisons = tuple(comparisons)
+
+    def _score(self, output: Any, targets: Any, objective: Objective | None, n: int) -> Tensor:
+        chosen = targets if objective is not None else resolve_targets(output, targets, n)
+        if not isinstance(chosen, Tensor):
+            return class_score(output, chosen, objective, n)
+        return finer_score(output, chosen, self.comparisons, self.alpha).sum()
+
+
+def finer_score(logits: Tensor, target: Tensor, comparisons: Sequence[int], alpha: float) -> Tensor:
+    """:class:`FinerCAM`'s score of class ``target[i]`` in row i of ``logits``, ``[n]``."""
+    ranks = [rank for rank in comparisons if rank < logits.shape[1]]
+    if not ranks:
+        raise ValueError(
+            f"comparisons: {list(comparisons)} leave no other of {logits.shape[1]} classes"
+        )
+    own = logits.gather(1, target[:, None])
+    distance = (logits.detach() - own.detach()).abs()
+    # A class is closest to itself also where others have its very logit.
+    distance = distance.scatter(1, target[:, None], -1.0)
+    others = distance.argsort(dim=1, stable=True)[:, ranks]
+    weights = logits.softmax(1).gather(1, others)
+    margins = own - alpha * logits.gather(1, others)
+    return (weights * margins).sum(1) / (weights.sum(1) + 1e-9)

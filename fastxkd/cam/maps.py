@@ -5,45 +5,70 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastxkd.ops import cam as operator
 from fastxkd.ops.cam import cam_map
-from fastxkd.reference.cam import min_max
+from fastxkd.reference.cam import channel_weights, exact_dtype, finish, min_max
 
 Normalize = Literal["minmax"] | None
+
+# The last two are plain torch.
+METHODS = (*operator.METHODS, "eigencam", "eigengradcam")
+
+# The loadings of a principal component sum up to about 1 at random and to the square root of the
+# number of channels where all agree; below this it is rounding that decides.
+SIGN_SHARE = 1e-2
+
+# How many elements of a batch are projected at once on a CPU: their copies stay in its cache.
+CHUNK = 1 << 20
+
+# Columns of a Gram matrix at a time.
+BAND = 64
 
 
 def cam_from(
     activations: Tensor,
-    gradients: Tensor,
+    gradients: Tensor | None,
     method: str = "gradcam",
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     normalize: Normalize = "minmax",
     *,
     relu: bool = True,
+    eigen_smooth: bool = False,
 ) -> Tensor:
     r"""Class activation maps of tensors: the operator beneath the explainers.
 
-    The channel-weighted sum :math:`\sum_c w_c A_c`, then ReLU, min-max, bilinear resizing
-    (half-pixel centres) and min-max again. With g the gradient of a score with respect to A and
-    :math:`S_c = \sum_p A_{cp}`:
+    The channel-weighted sum :math:`\sum_c w_c A_c`, then ReLU, min-max, bilinear (of volumes:
+    trilinear) resizing with half-pixel centres, and min-max again. With g the gradient of a score
+    with respect to A and :math:`S_c = \sum_p A_{cp}`:
 
-    ============== ================================================================
-    ``gradcam``    :math:`w_c = mean_p\, g` (Selvaraju et al. 2017)
-    ``gradcam++``  :math:`w_c = \sum_p relu(g)\, g^2 / (2 g^2 + S_c g^3 + 10^{-6})`
-    ``xgradcam``   :math:`w_c = \sum_p g A / (S_c + 10^{-7})`
-    ``hirescam``   :math:`\sum_c g A`, element-wise
-    ``layercam``   :math:`\sum_c relu(g) A`, element-wise
-    ``weights``    ``gradients`` are the :math:`w_c` themselves, ``[n, c]``
-    ============== ================================================================
+    ================ ================================================================
+    ``gradcam``      :math:`w_c = mean_p\, g` (Selvaraju et al. 2017)
+    ``gradcam++``    :math:`w_c = \sum_p relu(g)\, g^2 / (2 g^2 + S_c g^3 + 10^{-6})`
+    ``xgradcam``     :math:`w_c = \sum_p g A / (S_c + 10^{-7})`
+    ``hirescam``     :math:`\sum_c g A`, element-wise
+    ``layercam``     :math:`\sum_c relu(g) A`, element-wise
+    ``elementwise``  :math:`\sum_c relu(g A)`, element-wise
+    ``weights``      ``gradients`` are the :math:`w_c` themselves, ``[n, c]``
+    ``eigencam``     first principal component of A over the channels (Muhammad and Yeasin 2020)
+    ``eigengradcam`` first principal component of :math:`g A`
+    ================ ================================================================
+
+    A principal component has no sign of its own: it gets the one with which it correlates with
+    the plain sum over channels (of A; of g A). Where its loadings add up to less than 0.01, as
+    after a layer norm, whose channels cancel, its largest magnitude is positive.
 
     Args:
-        activations, gradients: ``[n, c, h, w]`` of one float dtype, contiguous or channels-last.
+        activations, gradients: ``[n, c, h, w]``, or volumes ``[n, c, d, h, w]``, of one float
+            dtype, contiguous or channels-last; ``eigencam`` takes None for the gradients.
         method: one of the table.
-        size: (height, width) of the maps; None keeps h, w.
+        size: (height, width), or (depth, height, width), of the maps; None keeps the layer's.
         normalize: ``"minmax"`` scales each map to [0, 1] with the 1e-7 of pytorch-grad-cam (a map
             that is constant becomes 0); None keeps magnitudes.
         relu: False keeps negative evidence.
+        eigen_smooth: the first principal component of the weighted channels instead of their sum.
 
     Returns:
         ``[n, height, width]`` float32 (float64 for float64 input), differentiable in activations
@@ -60,12 +85,171 @@ def cam_from(
     """
     check_normalize(normalize)
     scaling = 0 if normalize is None else (1 if size is None else 2)
-    return cam_map(activations, gradients, method=method, size=size, relu=relu, normalize=scaling)
+    return _map(activations, gradients, method, size, relu, scaling, eigen_smooth)
+
+
+def check_aggregate(aggregate: Any) -> None:
+    if aggregate not in ("mean", None):
+        raise ValueError(f"aggregate: expected 'mean' or None, got {aggregate!r}")
 
 
 def check_normalize(normalize: Normalize) -> None:
     if normalize not in ("minmax", None):
         raise ValueError(f"normalize: expected 'minmax' or None, got {normalize!r}")
+
+
+def _map(
+    activations: Tensor,
+    gradients: Tensor | None,
+    method: str,
+    size: tuple[int, ...] | None,
+    relu: bool,
+    normalize: int,
+    eigen_smooth: bool,
+) -> Tensor:
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    device = activations.device.type if isinstance(activations, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device):  # it would sum up in 16 bits
+        with torch.autocast(device, enabled=False):
+            return _map(activations, gradients, method, size, relu, normalize, eigen_smooth)
+    volume = isinstance(activations, Tensor) and activations.dim() == 5
+    if method in operator.METHODS and not (volume or eigen_smooth):
+        return cam_map(
+            activations,
+            gradients,  # type: ignore[arg-type]  # checked by the operator
+            method=method,
+            size=size,  # type: ignore[arg-type]
+            relu=relu,
+            normalize=normalize,
+        )
+    _check(activations, gradients, method, size)
+    if eigen_smooth or method not in operator.METHODS:
+        raw = principal_map(_parts(activations, gradients, method))
+    else:
+        # The sum over channels asks for positions, not for their order: a volume is a tall image.
+        assert gradients is not None
+        a, g = (x.flatten(2, 3) if x.dim() == 5 else x for x in (activations, gradients))
+        raw = cam_map(a, g, method=method, size=None, relu=False, normalize=0)
+        raw = raw.unflatten(1, activations.shape[2:4])
+    return finish(raw, list(size or raw.shape[1:]), relu, normalize)
+
+
+def _parts(activations: Tensor, gradients: Tensor | None, method: str) -> Tensor:
+    """What a method sums over channels, ``[n, c, ...]``."""
+    exact = exact_dtype(activations)
+    a = activations.to(exact)
+    if gradients is None:
+        return a
+    g = gradients.to(exact)
+    if method in ("hirescam", "eigengradcam"):
+        return a * g
+    if method == "layercam":
+        return a * g.clamp(min=0)
+    if method == "elementwise":
+        return (a * g).clamp(min=0)
+    weights = channel_weights(a, g, method)
+    return a * weights.reshape(*weights.shape, *[1] * (a.dim() - 2))
+
+
+def principal_map(parts: Tensor) -> Tensor:
+    """``[n, c, ...]`` projected onto its first principal component over channels, ``[n, ...]``.
+
+    The sign is as :func:`cam_from` says; an image that is not finite gets a map of NaN.
+    """
+    on_cpu = parts.device.type == "cpu"
+    rows = max(1, CHUNK // max(1, parts[0].numel())) if len(parts) else 1
+    if on_cpu and len(parts) > rows:
+        return torch.cat([principal_map(chunk) for chunk in parts.split(rows)])
+    exact = exact_dtype(parts)
+    # Products of float32 are of float32 only where nobody can have allowed them fewer digits.
+    full = on_cpu and torch.get_float32_matmul_precision() != "medium"
+    full = full and not torch.is_autocast_enabled("cpu")
+    x = parts.flatten(2).to(exact if full else torch.float64)
+    reach = torch.maximum(x.detach().amax((1, 2)), -x.detach().amin((1, 2)))
+    finite = reach.isfinite()
+    reach = torch.where(finite, reach, 1)
+    # Squares shall neither overflow nor vanish; a power of two changes no digit.
+    scale = torch.ldexp(torch.ones_like(reach), reach.frexp().exponent - 1)
+    x = (x / scale[:, None, None]).nan_to_num_(0, 0, 0)
+    x -= x.mean(2, keepdim=True)  # [n, c, p]
+    wide = x.double()
+    if x.shape[1] < x.shape[2]:
+        vector, _ = _leading(x, wide)
+        loadings = vector.detach().sum(1)
+        projection = (vector[:, None] @ wide)[:, 0]
+    else:
+        vector, value = _leading(x.mT, wide.mT)
+        length = torch.where(value > 0, value, 1).sqrt()
+        loadings = (vector * wide.sum(1)).detach().sum(1) / length.detach()
+        projection = torch.where(value > 0, length, 0)[:, None] * vector
+    # What rounding leaves of a channel without spread is a constant.
+    projection = projection - projection.mean(1, keepdim=True)
+    known = projection.detach()
+    largest = known.gather(1, known.abs().argmax(1, keepdim=True))[:, 0]
+    leading = torch.where(loadings.abs() > SIGN_SHARE, loadings, largest)
+    projection = projection * torch.where(leading < 0, -scale, scale)[:, None]
+    projection = torch.where(finite[:, None], projection, float("nan"))
+    return projection.to(exact).unflatten(1, parts.shape[2:])
+
+
+def _leading(x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading left singular vectors ``[n, m]`` and squared singular values ``[n]`` of ``wide``,
+    ``[n, m, k]`` in float64, of which ``x`` may be a rounded copy.
+
+    The Gram matrix and its ``eigh`` are of ``x``; a step of first-order perturbation restores what
+    they lose. That step is the gradient too: the one of ``eigh`` is NaN as soon as *any* two
+    eigenvalues are equal, as the zeros of a deficient matrix are.
+    """
+    known = x.detach()
+    gram = known.new_zeros(*x.shape[:2], x.shape[1])
+    for i in range(0, x.shape[1], BAND):  # the lower triangle is all that eigh reads
+        gram[:, i:, i : i + BAND] = known[:, i:] @ known[:, i : i + BAND].mT
+    values, vectors = (found.double() for found in torch.linalg.eigh(gram, UPLO="L"))
+    vector = F.normalize(vectors[..., -1:], dim=1)  # [n, m, 1], of length 1 in float64 too
+    others = vectors[..., :-1]
+    pull = wide @ (wide.mT @ vector)
+    value = vector.mT @ pull
+    gaps = value.detach() - values[:, :-1, None]
+    # Where a gap is no more than rounding, the step must stay small all the same.
+    least = torch.finfo(x.dtype).eps ** 0.5 * values[:, -1:, None]
+    inverse = torch.where(gaps > 0, 1 / gaps.maximum(least), 0)
+    moved = others @ (inverse * (others.mT @ (pull - value * vector)))
+    return (vector + moved)[..., 0], value[:, 0, 0]
+
+
+def _check(activations: Any, gradients: Any, method: str, size: tuple[int, ...] | None) -> None:
+    if not isinstance(activations, Tensor):
+        raise TypeError(f"activations: expected a Tensor, got {type(activations).__name__}")
+    if not activations.is_floating_point():
+        raise TypeError(f"activations: expected a floating-point dtype, got {activations.dtype}")
+    if activations.dim() not in (4, 5) or 0 in activations.shape[1:]:
+        raise ValueError(
+            "activations: expected spatial maps [n, channels, height, width] or volumes"
+            f" [n, channels, depth, height, width], got shape {list(activations.shape)}"
+        )
+    if size is not None and (len(size) != activations.dim() - 2 or min(size) < 1):
+        raise ValueError(
+            f"size: expected {activations.dim() - 2} lengths of at least 1, got {tuple(size)}"
+        )
+    if method == "eigencam":
+        if gradients is not None:
+            raise ValueError("gradients: expected None, eigencam takes none, got a tensor")
+        return
+    if not isinstance(gradients, Tensor):
+        raise TypeError(f"gradients: expected a Tensor, got {type(gradients).__name__}")
+    expected = activations.shape[:2] if method == "weights" else activations.shape
+    if gradients.shape != expected:
+        raise ValueError(
+            f"gradients: expected {list(expected)} to match activations"
+            f" {list(activations.shape)}, got {list(gradients.shape)}"
+        )
+    if (gradients.dtype, gradients.device) != (activations.dtype, activations.device):
+        raise TypeError(
+            "gradients: expected dtype and device of activations,"
+            f" {activations.dtype} on {activations.device},"
+            f" got {gradients.dtype} on {gradients.device}"
+        )
 
 
 def maps_of_layers(
@@ -74,27 +258,33 @@ def maps_of_layers(
     gradients: list[Tensor | None],
     *,
     method: str,
-    size: tuple[int, int] | None,
+    size: tuple[int, ...] | None,
     normalize: Normalize,
     aggregate: Literal["mean"] | None,
+    eigen_smooth: bool = False,
 ) -> Any:
     """One map per layer, or their mean scaled once more."""
+    pairs: list[tuple[Tensor, Tensor | None]] = []
     for name, activation, gradient in zip(names, activations, gradients, strict=True):
-        if activation.dim() != 4:
+        if activation.dim() not in (4, 5):
             raise ValueError(
                 f"target layer {name!r}: expected spatial activations [n, channels, height,"
                 f" width], got {list(activation.shape)}; use reshape_transform for token layouts"
             )
-        if gradient is None:
+        if method == "eigencam":
+            gradient = None
+        elif gradient is None:
             raise ValueError(f"target layer {name!r}: the score does not depend on it")
-    pairs = [
-        (a, g.to(a.dtype)) for a, g in zip(activations, gradients, strict=True) if g is not None
-    ]
+        else:
+            gradient = gradient.to(activation.dtype)
+        pairs.append((activation, gradient))
     if aggregate is None or len(pairs) == 1:
-        maps = [cam_from(a, g, method, size, normalize) for a, g in pairs]
+        maps = [
+            cam_from(a, g, method, size, normalize, eigen_smooth=eigen_smooth) for a, g in pairs
+        ]
         return maps if aggregate is None else maps[0]
-    size = size or (activations[0].shape[2], activations[0].shape[3])
+    size = size or tuple(activations[0].shape[2:])
     scaling = 0 if normalize is None else 1
-    each = [cam_map(a, g, method=method, size=size, relu=True, normalize=scaling) for a, g in pairs]
+    each = [_map(a, g, method, size, True, scaling, eigen_smooth) for a, g in pairs]
     mean = torch.stack(each).mean(0)
     return mean if normalize is None else min_max(mean)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from fastxkd.metrics.similarity import inner_products, label_embeddings, normalized_rows
+from fastxkd.metrics.inference import jackknife, permutation_test
+from fastxkd.metrics.projection import RandomProjection
+from fastxkd.metrics.similarity import (
+    inner_products,
+    label_embeddings,
+    normalized_rows,
+)
 
 MODES = ("dataset", "batch")
 
@@ -22,23 +30,68 @@ class _Similarity(Metric):
     higher_is_better = None
     full_state_update = False
     columns: tuple[str, ...]
+    unbiased: bool
     total: Tensor
+    squares: Tensor
     batches: Tensor
 
-    def __init__(self, mode: str = "dataset", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        mode: str = "dataset",
+        *,
+        projection: RandomProjection | int | None = None,
+        gather: bool = True,
+        **kwargs: Any,
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        if projection is not None and not isinstance(projection, RandomProjection):
+            if isinstance(projection, bool) or not isinstance(projection, int):
+                raise TypeError(
+                    "projection: expected an int or a RandomProjection,"
+                    f" got {type(projection).__name__}"
+                )
+            if projection < 1:
+                raise ValueError(f"projection: expected a width of at least 1, got {projection}")
+            projection = RandomProjection(projection)
+        if not gather:
+            if mode == "batch":
+                raise ValueError("gather: False is for mode='dataset'; batches leave no features")
+            if kwargs.get("dist_sync_fn") is not None:
+                raise ValueError("dist_sync_fn: expected none with gather=False")
+            kwargs["dist_sync_fn"] = _own
         super().__init__(**kwargs)
         self.mode = mode
+        self.projection = projection
+        self.gather = gather
         if mode == "batch":
-            self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            for name in ("total", "squares"):
+                self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state("batches", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         else:
             for column in self.columns:
                 self.add_state(column, [], dist_reduce_fx="cat")
 
-    def _score(self, *columns: Tensor) -> Tensor:
-        raise NotImplementedError
+    def _embedded(self, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        return y
+
+    def _score(
+        self,
+        x: Tensor,
+        y: Tensor,
+        given: Tensor | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        matrices = [x, self._embedded(y, group), *([] if given is None else [given])]
+        names = self.columns[: len(matrices)]
+        found = inner_products(matrices, names, unbiased=self.unbiased, group=group)
+        return found.correlation(0, 1) if given is None else found.semi_partial(0, 2, 1)
+
+    def _narrow(self, features: Tensor, name: str) -> Tensor:
+        if self.projection is None:
+            return features
+        return self.projection(features, name=name)
 
     def _take(self, *columns: Tensor) -> None:
         rows = columns[0].shape[0]
@@ -51,29 +104,108 @@ class _Similarity(Metric):
             for name, column in zip(self.columns, columns, strict=False):
                 getattr(self, name).append(column.detach())
         elif rows < 4:
-            warnings.warn(
-                f"{type(self).__name__}: a batch of {rows} was left out;"
-                " the mean is over batches of at least 4",
-                stacklevel=3,
-            )
+            self._leave_out(f"a batch of {rows} was left out; a score needs at least 4")
+        elif self._one_class(*columns):
+            self._leave_out("a batch of a single class was left out: it cannot tell relevance")
         else:
-            self.total += self._score(*(c.detach() for c in columns)).double()
+            score = self._score(*(c.detach() for c in columns)).double()
+            self.total += score
+            self.squares += score.square()
             self.batches += 1
 
-    def compute(self) -> Tensor:
-        if self.mode == "batch":
-            if not self.batches:
-                raise ValueError(f"{type(self).__name__}: no batch of at least 4 rows was seen")
-            return (self.total / self.batches).float()
+    def _one_class(self, *columns: Tensor) -> bool:
+        return False
+
+    def _leave_out(self, why: str) -> None:
+        # Past _take, update and what torchmetrics puts around it.
+        warnings.warn(f"{type(self).__name__}: {why}", stacklevel=5)
+
+    def _seen(self) -> list[Tensor]:
         kept = [getattr(self, name) for name in self.columns]
         kept = [dim_zero_cat(column) for column in kept if not _empty(column)]
         if not kept:
             raise ValueError(f"{type(self).__name__}: compute() before any update()")
-        return self._score(*kept).float()
+        return kept
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        """The processes to ask for their rows, now that a score of all is asked for."""
+        if self.gather or not self._is_synced:
+            return None
+        return self.process_group or dist.group.WORLD
+
+    def _synced(self) -> AbstractContextManager[None]:
+        """As torchmetrics does around ``compute``."""
+        return self.sync_context(
+            dist_sync_fn=self.dist_sync_fn,
+            should_sync=self._to_sync,
+            should_unsync=self._should_unsync,
+        )
+
+    def compute(self) -> Tensor:
+        if self.mode == "batch":
+            if not self.batches:
+                raise ValueError(f"{type(self).__name__}: no batch with a score was seen")
+            return (self.total / self.batches).float()
+        return self._score(*self._seen(), group=self._group).float()
+
+    def standard_error(self) -> Tensor:
+        """Of ``compute()``, by the jackknife: over samples (dataset) or batches (batch).
+
+        For a mean of batches that is their standard deviation over the root of their number.
+        Processes call it together, as ``compute``.
+
+        Raises:
+            ValueError: fewer than 5 samples, or than 2 batches.
+        """
+        with self._synced():
+            if self.mode == "dataset":
+                found = jackknife(**self._operands(), unbiased=self.unbiased)
+                return found.standard_error.float()
+            n = self.batches
+            if n < 2:
+                raise ValueError(
+                    f"{type(self).__name__}: expected at least 2 batches of at least 4 rows for a"
+                    f" standard error, got {int(n)}"
+                )
+            spread = (self.squares - self.total.square() / n).clamp(min=0)
+            return (spread / (n * (n - 1))).sqrt().float()
+
+    def p_value(
+        self,
+        permutations: int = 999,
+        *,
+        generator: torch.Generator | None = None,
+        memory: int = 1 << 30,
+    ) -> float:
+        """Of independence, by :func:`~fastxkd.metrics.permutation_test`; ``mode="dataset"`` only.
+
+        Processes call it together, as ``compute``.
+        """
+        if self.mode != "dataset":
+            raise ValueError("p_value: expected mode='dataset', which keeps the samples to permute")
+        with self._synced():
+            return permutation_test(
+                **self._operands(),
+                unbiased=self.unbiased,
+                permutations=permutations,
+                generator=generator,
+                memory=memory,
+            ).p_value
+
+    def _operands(self) -> dict[str, Any]:
+        x, y, *given = self._seen()
+        return {"x": x, "y": y, "given": given[0] if given else None, "group": self._group}
 
 
 def _empty(column: Any) -> bool:
-    return isinstance(column, list) and not column
+    # A column never used is an empty list; torchmetrics makes an empty tensor of it in a group.
+    return len(column) == 0
+
+
+def _own(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """Instead of gathering: what this process has."""
+    return [tensor]
 
 
 class FeatureSimilarityScore(_Similarity):
@@ -85,11 +217,16 @@ class FeatureSimilarityScore(_Similarity):
     Args:
         mode: ``"dataset"``: exact over all samples (features are kept until ``compute``);
             ``"batch"``: the paper's mean of per-batch scores, in constant memory. Batches of fewer
-            than 4 are left out with a warning.
+            than 4 are left out, with a warning.
         unbiased: the U-centred estimator in [-1, 1] instead of the biased one in [0, 1]. The paper
             does not name its estimator; biased is our reading, since its figures span [0, 1].
         normalize_rows: L2-normalise each sample's features first, as the authors' current code
             does; off by default, so that FSS and RS speak of the same distances.
+        projection: a width or :class:`~fastxkd.metrics.RandomProjection`: keep that many values a
+            sample, for very wide features. Its docstring says what error that may bring.
+        gather: whether, among several processes, ``compute`` copies all features to each of them,
+            or (False) leaves them where they are and lets tiles of them travel in a ring. Then
+            every process needs at least one sample. ``mode="dataset"`` only.
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(student, base)`` takes ``[n, ...]`` features of the same samples.
@@ -110,20 +247,19 @@ class FeatureSimilarityScore(_Similarity):
         *,
         unbiased: bool = False,
         normalize_rows: bool = False,
+        projection: RandomProjection | int | None = None,
+        gather: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(mode, **kwargs)
+        super().__init__(mode, projection=projection, gather=gather, **kwargs)
         self.unbiased = unbiased
         self.normalize_rows = normalize_rows
 
     def update(self, student: Tensor, base: Tensor) -> None:
-        self._take(student, base)
-
-    def _score(self, *columns: Tensor) -> Tensor:
-        features = [normalized_rows(c) for c in columns] if self.normalize_rows else list(columns)
-        return inner_products(features, list(self.columns), unbiased=self.unbiased).correlation(
-            0, 1
-        )
+        features = (student, base)
+        if self.normalize_rows:
+            features = (normalized_rows(student), normalized_rows(base))
+        self._take(*(self._narrow(f, n) for f, n in zip(features, self.columns, strict=True)))
 
 
 class RelevanceScore(_Similarity):
@@ -133,8 +269,11 @@ class RelevanceScore(_Similarity):
     student given base, residual RS for base given student (Adhane et al. 2025, section 3).
 
     Args:
-        mode: as in :class:`FeatureSimilarityScore`.
+        mode: as in :class:`FeatureSimilarityScore`; a batch of a single class is left out as well,
+            with a warning: shuffle the loader.
         unbiased: the U-centred estimator, as the authors' code; only it is defined with ``given``.
+        projection: of features and given, as in :class:`FeatureSimilarityScore`.
+        gather: as there.
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(features, targets, given=None)``: features and given ``[n, ...]``; targets class
@@ -150,8 +289,16 @@ class RelevanceScore(_Similarity):
 
     columns = ("features", "targets", "given")
 
-    def __init__(self, mode: str = "dataset", *, unbiased: bool = True, **kwargs: Any) -> None:
-        super().__init__(mode, **kwargs)
+    def __init__(
+        self,
+        mode: str = "dataset",
+        *,
+        unbiased: bool = True,
+        projection: RandomProjection | int | None = None,
+        gather: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(mode, projection=projection, gather=gather, **kwargs)
         self.unbiased = unbiased
         self._partial: bool | None = None
 
@@ -165,12 +312,13 @@ class RelevanceScore(_Similarity):
         if self._partial not in (None, given is not None):
             raise ValueError("given: expected in every update or in none")
         self._partial = given is not None
-        self._take(features, targets, *(() if given is None else (given,)))
+        narrow = self._narrow(features, "features")
+        partial = () if given is None else (self._narrow(given, "given"),)
+        self._take(narrow, targets, *partial)
 
-    def _score(self, *columns: Tensor) -> Tensor:
-        features, targets, *given = columns
-        matrices = [features, label_embeddings(targets), *given]
-        found = inner_products(
-            matrices, list(self.columns[: len(matrices)]), unbiased=self.unbiased
-        )
-        return found.semi_partial(0, 2, 1) if given else found.correlation(0, 1)
+    def _embedded(self, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        return label_embeddings(y, group=group)
+
+    def _one_class(self, *columns: Tensor) -> bool:
+        targets = columns[1]
+        return bool((targets == targets[:1]).all())

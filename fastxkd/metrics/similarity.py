@@ -13,34 +13,51 @@ and that of the doubly centred ones:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastxkd.ops.distance import distance_sums
+from fastxkd.ops.pairs import Pairs, agree
+from fastxkd.ops.stored import Features
 
 
 class InnerProducts(NamedTuple):
     """K x K inner products of centred distance matrices, and what of them is rounding."""
 
-    values: Tensor
+    values: Tensor  # [K, K], or [K, K, n]: one of each for every sample left out
     noise: Tensor  # [K]: a squared norm that rounding of the distances alone may reach
+    dtype: torch.dtype  # of a score: that of the distances
 
     def correlation(self, k: int, l: int) -> Tensor:  # noqa: E741
         v = self.values
-        return _ratio(v[k, l], v[k, k], v[l, l], self._constant(k) | self._constant(l))
+        return _ratio(v[k, l], v[k, k], v[l, l], self.undefined(k, l))
 
     def semi_partial(self, k: int, l: int, g: int) -> Tensor:  # noqa: E741
         """P_DC(k | l; g): correlation of what of k is orthogonal to l, with g as it is."""
         v = self.values
+        a, rest = self._rest(k, l)
+        return _ratio(v[k, g] - a * v[l, g], rest, v[g, g], self.undefined(k, g, given=l))
+
+    def undefined(self, k: int, l: int, *, given: int | None = None) -> Tensor:  # noqa: E741
+        """Where a score of k and l, or of what of k is orthogonal to ``given``, is 0 for want of
+        anything to compare."""
+        nothing = self._constant(k) | self._constant(l)
+        if given is not None:
+            # Nothing of k is left beside given: the remainder is rounding.
+            rest = self._rest(k, given)[1]
+            nothing = nothing | (rest <= 1e-10 * self.values[k, k] + self.noise[k])
+        return nothing
+
+    def _rest(self, k: int, l: int) -> tuple[Tensor, Tensor]:  # noqa: E741
+        """What of k lies along l, in units of l, and the squared norm of what does not."""
+        v = self.values
         a = torch.where(self._constant(l), 0, v[k, l] / v[l, l].where(~self._constant(l), 1))
-        rest = v[k, k] - 2 * a * v[k, l] + a * a * v[l, l]
-        # Nothing of k is left beside l: the remainder is rounding.
-        gone = self._constant(k) | self._constant(g) | (rest <= 1e-10 * v[k, k] + self.noise[k])
-        return _ratio(v[k, g] - a * v[l, g], rest, v[g, g], gone)
+        return a, v[k, k] - 2 * a * v[k, l] + a * a * v[l, l]
 
     def _constant(self, k: int) -> Tensor:
         return self.values[k, k] <= self.noise[k]
@@ -52,8 +69,29 @@ def _ratio(cross: Tensor, first: Tensor, second: Tensor, undefined: Tensor) -> T
     return torch.where(undefined, 0, cross / product.sqrt()).clamp(-1, 1)
 
 
-def inner_products(features: list[Tensor], names: list[str], *, unbiased: bool) -> InnerProducts:
-    return centre(*distance_sums(features, names), _result_dtype(*features), unbiased=unbiased)
+def inner_products(
+    features: Sequence[Features],
+    names: Sequence[str],
+    *,
+    unbiased: bool,
+    group: dist.ProcessGroup | None = None,
+) -> InnerProducts:
+    return centre(*sums(features, names, group), unbiased=unbiased)
+
+
+def sums(
+    features: Sequence[Features], names: Sequence[str], group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """``(products, row_sums)`` of ``ops.distance``, and the dtype of the distances.
+
+    Tensors go to the operator, differentiably; mapped features and those of other processes are
+    walked over panel by panel.
+    """
+    if group is None and all(isinstance(f, Tensor) for f in features):
+        tensors = [f for f in features if isinstance(f, Tensor)]
+        return *distance_sums(tensors, list(names)), _result_dtype(*tensors)
+    pairs = Pairs(features, names, group)
+    return *pairs.sums(), pairs.dtype
 
 
 def centre(
@@ -70,7 +108,7 @@ def centre(
         values = products / n**2 - 2 * rows / n**3 + total / n**4
     # Rounded distances leave the square of their rounding, float64 sums their own.
     relative = max((64 * torch.finfo(dtype).eps) ** 2, 64 * torch.finfo(torch.float64).eps)
-    return InnerProducts(values, relative * products.diagonal() / n**2)
+    return InnerProducts(values, relative * products.diagonal() / n**2, dtype)
 
 
 def _result_dtype(*features: Tensor) -> torch.dtype:
@@ -78,7 +116,13 @@ def _result_dtype(*features: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def distance_correlation(x: Tensor, y: Tensor, *, unbiased: bool = True) -> Tensor:
+def distance_correlation(
+    x: Features,
+    y: Features,
+    *,
+    unbiased: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     r"""Squared distance correlation of two sets of features of the same ``n`` samples.
 
     .. math:: R^{*2} = \langle A, B\rangle / \sqrt{\langle A, A\rangle \langle B, B\rangle}
@@ -89,13 +133,18 @@ def distance_correlation(x: Tensor, y: Tensor, *, unbiased: bool = True) -> Tens
 
     Args:
         x, y: ``[n, ...]``, n >= 4, flattened per sample; float32, float64, bfloat16 or float16.
-            Dimensions need not agree.
+            Dimensions need not agree. Tensors, or features that do not fit in memory: a
+            ``numpy.memmap``, a tensor of ``torch.from_file``, a ``get_slice`` of a safetensors
+            file, read panel by panel.
         unbiased: in [-1, 1] around 0 for independent features; otherwise in [0, 1], and biased
             upwards for few samples of many dimensions.
+        group: processes (``torch.distributed``) that each pass the rows they have; all of them
+            call, and all get the score of all rows. Tiles of features travel in a ring.
 
     Returns:
         A scalar, float64 for float64 features, else float32; 0 where a feature is constant.
-        Differentiable; memory beyond the features does not grow with ``n^2``.
+        Differentiable in tensors of one process; memory beyond the features does not grow with
+        ``n^2``.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, fewer than 4 samples.
@@ -106,12 +155,17 @@ def distance_correlation(x: Tensor, y: Tensor, *, unbiased: bool = True) -> Tens
     >>> round(distance_correlation(x, y).item(), 4)
     0.8315
     """
-    products = inner_products([x, y], ["x", "y"], unbiased=unbiased)
-    return products.correlation(0, 1).to(_result_dtype(x, y))
+    found = inner_products([x, y], ["x", "y"], unbiased=unbiased, group=group)
+    return found.correlation(0, 1).to(found.dtype)
 
 
 def partial_distance_correlation(
-    x: Tensor, y: Tensor, *, given: Tensor, semi_partial: bool = False
+    x: Features,
+    y: Features,
+    *,
+    given: Features,
+    semi_partial: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""Distance correlation of ``x`` and ``y`` with what ``given`` explains taken out.
 
@@ -124,11 +178,13 @@ def partial_distance_correlation(
     UniCAM (Adhane et al. 2025), where x is the student, given the base and y the labels.
 
     Args:
-        x, y, given: ``[n, ...]``, n >= 4, of any float dtype.
+        x, y, given: ``[n, ...]``, n >= 4, of any float dtype, in memory or mapped, as in
+            :func:`distance_correlation`.
+        group: as there.
 
     Returns:
         A scalar in [-1, 1]; 0 where ``x`` or ``y`` is constant or wholly explained by ``given``.
-        Differentiable.
+        Differentiable in tensors of one process.
 
     >>> import torch
     >>> x = torch.tensor([[0., 0], [1, 0], [0, 2], [3, 1], [2, 2], [4, -1]])
@@ -139,37 +195,53 @@ def partial_distance_correlation(
     >>> round(partial_distance_correlation(x, labels, given=y, semi_partial=True).item(), 4)
     -0.3786
     """
-    found = inner_products([x, y, given], ["x", "y", "given"], unbiased=True)
+    found = inner_products([x, y, given], ["x", "y", "given"], unbiased=True, group=group)
     value = found.semi_partial(0, 2, 1)
     if not semi_partial:
         explained = found.correlation(1, 2)
         left = 1 - explained.square()
         gone = left <= 1e-10
         value = torch.where(gone, 0, value / left.where(~gone, 1).sqrt()).clamp(-1, 1)
-    return value.to(_result_dtype(x, y, given))
+    return value.to(found.dtype)
 
 
-def label_embeddings(targets: Tensor, *, name: str = "targets") -> Tensor:
+def label_embeddings(
+    targets: Tensor, *, name: str = "targets", group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Class indices ``[n]`` as one-hot vectors; embeddings ``[n, e]`` as they are.
 
     Classes are numbered by those present: distances between one-hot vectors do not depend on how
-    many classes there are beside them.
+    many classes there are beside them. With ``group``, by those present in any process.
     """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(targets).__name__}")
-    if targets.is_floating_point():
-        if targets.dim() < 2:
+
+    def classes() -> list[int] | None:
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(targets).__name__}")
+        if targets.is_floating_point():
+            if targets.dim() < 2:
+                raise ValueError(
+                    f"{name}: expected embeddings [n, e] or int64 class indices [n],"
+                    f" got {targets.dtype} {list(targets.shape)}"
+                )
+            return None
+        if targets.dim() != 1 or targets.dtype == torch.bool or targets.is_complex():
             raise ValueError(
-                f"{name}: expected embeddings [n, e] or int64 class indices [n],"
+                f"{name}: expected int64 class indices [n],"
                 f" got {targets.dtype} {list(targets.shape)}"
             )
+        return None if group is None else targets.unique().tolist()
+
+    everyone = agree(classes, group)
+    if len({some is None for some in everyone}) > 1:
+        raise ValueError(f"{name}: expected class indices in every process or in none")
+    if targets.is_floating_point():
         return targets
-    if targets.dim() != 1 or targets.dtype == torch.bool:
-        raise ValueError(
-            f"{name}: expected int64 class indices [n], got {targets.dtype} {list(targets.shape)}"
-        )
-    present, index = targets.unique(return_inverse=True)
-    return F.one_hot(index, len(present)).float()
+    if group is None:
+        present, index = targets.unique(return_inverse=True)
+        return F.one_hot(index, len(present)).float()
+    joint = torch.tensor(sorted({c for some in everyone for c in some or []}), dtype=targets.dtype)
+    index = torch.searchsorted(joint.to(targets.device), targets.contiguous())
+    return F.one_hot(index, len(joint)).float()
 
 
 class LayerScores(NamedTuple):
@@ -186,11 +258,12 @@ class LayerScores(NamedTuple):
 
 
 def layer_scores(
-    student: Mapping[str, Tensor],
-    base: Mapping[str, Tensor],
+    student: Mapping[str, Features],
+    base: Mapping[str, Features],
     targets: Tensor,
     *,
-    teacher: Mapping[str, Tensor] | None = None,
+    teacher: Mapping[str, Features] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> list[LayerScores]:
     """FSS and RS of every layer of student, base and teacher, from one sweep over pairs.
 
@@ -200,12 +273,39 @@ def layer_scores(
     :class:`FeatureSimilarityScore`).
 
     Args:
-        student, base, teacher: features ``[n, ...]`` by layer name. Layers pair up in order.
+        student, base, teacher: features ``[n, ...]`` by layer name, in memory or mapped as in
+            :func:`distance_correlation`. Layers pair up in order.
         targets: class indices ``[n]`` or embeddings ``[n, e]``.
+        group: processes that each pass the rows they have, as in :func:`distance_correlation`.
 
     Raises:
         ValueError: a different number of layers, rows that do not match, n < 4.
     """
+    sides = paired(student, base, teacher)
+    features = [f for side in sides.values() for f in side.values()]
+    names = [f"{name}[{layer!r}]" for name, side in sides.items() for layer in side]
+    features.append(label_embeddings(targets, group=group))
+    found = sums(features, [*names, "targets"], group)
+    biased, unbiased = (centre(*found, unbiased=flag) for flag in (False, True))
+    count, labels = len(student), len(features) - 1
+    rows = []
+    for i, layer in enumerate(student):
+        members = [i, count + i, *([] if teacher is None else [2 * count + i]), labels]
+        scores = scores_of_layer(biased, unbiased, members)
+        rows.append(named_scores(layer, {name: float(v) for name, v in scores.items()}))
+    return rows
+
+
+def named_scores(layer: str, scores: dict[str, float]) -> LayerScores:
+    return LayerScores(layer, *(scores.get(name) for name in LayerScores._fields[1:]))  # type: ignore[arg-type]
+
+
+def paired(
+    student: Mapping[str, Features],
+    base: Mapping[str, Features],
+    teacher: Mapping[str, Features] | None,
+) -> dict[str, Mapping[str, Features]]:
+    """The models by name, all of as many layers."""
     sides = {"student": student, "base": base} | ({} if teacher is None else {"teacher": teacher})
     for name, side in sides.items():
         if len(side) != len(student):
@@ -213,28 +313,25 @@ def layer_scores(
                 f"{name}: expected {len(student)} layers to pair with the student's,"
                 f" got {len(side)}: {', '.join(side)}"
             )
-    features = [f for side in sides.values() for f in side.values()]
-    names = [f"{name}[{layer!r}]" for name, side in sides.items() for layer in side]
-    features.append(label_embeddings(targets))
-    sums, dtype = distance_sums(features, [*names, "targets"]), _result_dtype(*features)
-    biased, unbiased = (centre(*sums, dtype, unbiased=flag) for flag in (False, True))
-    count, labels = len(student), len(features) - 1
-    rows = []
-    for i, layer in enumerate(student):
-        s, b, t = i, count + i, 2 * count + i
-        rows.append(
-            LayerScores(
-                layer,
-                fss=float(biased.correlation(s, b)),
-                fss_teacher=None if teacher is None else float(biased.correlation(s, t)),
-                rs_student=float(unbiased.correlation(s, labels)),
-                rs_base=float(unbiased.correlation(b, labels)),
-                rs_teacher=None if teacher is None else float(unbiased.correlation(t, labels)),
-                rs_distilled=float(unbiased.semi_partial(s, b, labels)),
-                rs_residual=float(unbiased.semi_partial(b, s, labels)),
-            )
-        )
-    return rows
+    return sides
+
+
+def scores_of_layer(
+    biased: InnerProducts, unbiased: InnerProducts, members: list[int]
+) -> dict[str, Tensor]:
+    """The fields of :class:`LayerScores`; ``members``: student, base, teacher if any, labels."""
+    s, b, *teacher, labels = members
+    scores = {
+        "fss": biased.correlation(s, b),
+        "rs_student": unbiased.correlation(s, labels),
+        "rs_base": unbiased.correlation(b, labels),
+        "rs_distilled": unbiased.semi_partial(s, b, labels),
+        "rs_residual": unbiased.semi_partial(b, s, labels),
+    }
+    for t in teacher:
+        scores["fss_teacher"] = biased.correlation(s, t)
+        scores["rs_teacher"] = unbiased.correlation(t, labels)
+    return scores
 
 
 def normalized_rows(features: Tensor) -> Tensor:

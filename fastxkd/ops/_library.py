@@ -36,7 +36,7 @@ _cuda = _extension("_cuda")
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 OPERATORS = ("kd_loss", "cam", "distance")
-ON_GPU = ("kd_loss",)  # have CUDA and Triton kernels
+ON_GPU = ("kd_loss", "cam", "distance")  # have CUDA and Triton kernels
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 library = torch.library.Library("fastxkd", "DEF")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastxkd.ops._library import DTYPES, define, kernels, serve
+from fastxkd.ops._library import DTYPES, cuda_kernels, define, kernel_of, kernels, serve
 from fastxkd.reference import cam as reference
 
 METHODS = {
@@ -22,6 +22,7 @@ METHODS = {
     "gradcam++": 3,
     "xgradcam": 4,
     "weights": 5,
+    "elementwise": 6,
 }
 
 
@@ -40,7 +41,8 @@ def _fake(
 def _cam(
     activations: Tensor, gradients: Tensor, method: str, size: list[int], relu: bool, normalize: int
 ) -> Tensor:
-    if serve("cam", activations) == "reference":
+    backend = serve("cam", activations)
+    if backend == "reference":
         return reference.cam(activations, gradients, method, size, relu, normalize)
     n, channels, height, width = activations.shape
     activations, strides = _planes(activations)
@@ -55,20 +57,29 @@ def _cam(
         )
         stride = gradients.stride()
         strides = [*strides, stride[0], 1 if last else height * width, channels if last else 1]
-    out = torch.empty((n, *size), dtype=reference.exact_dtype(activations))
-    module, level, threads = kernels()
+    device, dtype = activations.device, DTYPES[activations.dtype]
+    out = torch.empty((n, *size), dtype=reference.exact_dtype(activations), device=device)
+    if backend == "triton":
+        kernel_of(backend, "cam")(activations, gradients, out, strides, method, relu, normalize)
+        return out
+    sizes = [n, channels, height, width, *size]
+    # cpu: the ISA level and the threads; cuda: the device and the stream, and what it works in.
+    module, *how = kernels() if backend == "cpu" else cuda_kernels(activations)
+    if backend == "cuda":
+        room = module.cam_workspace(sizes, strides, METHODS[method], dtype, how[0])
+        workspace = torch.empty(room, dtype=torch.float64, device=device)
+        how.append(workspace.data_ptr())
     module.cam(
-        level,
-        threads,
+        *how,
         activations.data_ptr(),
         gradients.data_ptr(),
         out.data_ptr(),
-        [n, channels, height, width, *size],
+        sizes,
         strides,
         METHODS[method],
         relu,
         normalize,
-        DTYPES[activations.dtype],
+        dtype,
     )
     return out
 
@@ -98,17 +109,21 @@ def _fake_backward(
 def _cam_backward(
     upstream: Tensor, activations: Tensor, gradients: Tensor, method: str
 ) -> tuple[Tensor, Tensor]:
-    if serve("cam", activations) == "reference":
+    backend = serve("cam", activations)
+    if backend == "reference":
         on_a, on_g = reference.cam_backward(upstream, activations, gradients, method)
         return on_a.contiguous(), on_g.contiguous()
     n, channels, height, width = activations.shape
     activations, gradients = activations.contiguous(), gradients.contiguous()
     upstream = upstream.to(reference.exact_dtype(activations)).contiguous()
     on_activations, on_gradients = torch.empty_like(activations), torch.empty_like(gradients)
-    module, level, threads = kernels()
+    if backend == "triton":
+        backward = kernel_of(backend, "cam", "cam_backward")
+        backward(upstream, activations, gradients, on_activations, on_gradients, method)
+        return on_activations, on_gradients
+    module, *how = kernels() if backend == "cpu" else cuda_kernels(activations)
     module.cam_backward(
-        level,
-        threads,
+        *how,
         activations.data_ptr(),
         gradients.data_ptr(),
         upstream.data_ptr(),

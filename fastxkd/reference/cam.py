@@ -15,6 +15,20 @@ def exact_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def channel_weights(a: Tensor, g: Tensor, method: str) -> Tensor:
+    """The weight of each channel, ``[n, c]``, of activations and gradients ``[n, c, ...]``."""
+    space = tuple(range(2, a.dim()))
+    if method == "weights":
+        return g
+    if method == "gradcam":
+        return g.mean(space)
+    if method == "xgradcam":
+        return (a * g).sum(space) / (a.sum(space) + XGRAD_EPS)
+    total = a.sum(space, keepdim=True)
+    alpha = g.square() / (2 * g.square() + total * g.pow(3) + PLUS_PLUS_EPS)
+    return torch.where(g == 0, 0, g.clamp(min=0) * alpha).sum(space)
+
+
 def raw_map(activations: Tensor, gradients: Tensor, method: str) -> Tensor:
     """The weighted sum over channels, signed, at the layer's resolution: ``[n, h, w]``."""
     exact = exact_dtype(activations)
@@ -23,34 +37,27 @@ def raw_map(activations: Tensor, gradients: Tensor, method: str) -> Tensor:
         return (a * g).sum(1)
     if method == "layercam":
         return (a * g.clamp(min=0)).sum(1)
-    if method == "weights":
-        weights = g  # [n, c]
-    elif method == "gradcam":
-        weights = g.mean((2, 3))
-    elif method == "xgradcam":
-        weights = (a * g).sum((2, 3)) / (a.sum((2, 3)) + XGRAD_EPS)
-    else:
-        total = a.sum((2, 3), keepdim=True)
-        alpha = g.square() / (2 * g.square() + total * g.pow(3) + PLUS_PLUS_EPS)
-        weights = torch.where(g == 0, 0, g.clamp(min=0) * alpha).sum((2, 3))
-    return torch.einsum("nc,nchw->nhw", weights, a)
+    if method == "elementwise":
+        return (a * g).clamp(min=0).sum(1)
+    return torch.einsum("nc,nchw->nhw", channel_weights(a, g, method), a)
 
 
 def min_max(maps: Tensor) -> Tensor:
     """Each map to [0, 1]: ``(m - min) / (1e-7 + max - min)``; a constant map becomes 0."""
-    low = maps.amin((1, 2), keepdim=True)
-    shifted = maps - low
-    return shifted / (MIN_MAX_EPS + shifted.amax((1, 2), keepdim=True))
+    space = tuple(range(1, maps.dim()))
+    shifted = maps - maps.amin(space, keepdim=True)
+    return shifted / (MIN_MAX_EPS + shifted.amax(space, keepdim=True))
 
 
 def finish(maps: Tensor, size: list[int], relu: bool, normalize: int) -> Tensor:
-    """ReLU, min-max, bilinear resizing to ``size``, min-max again (``normalize`` 0, 1 or 2)."""
+    """ReLU, min-max, linear resizing to ``size``, min-max again (``normalize`` 0, 1 or 2)."""
     if relu:
         maps = maps.clamp(min=0)
     if normalize >= 1:
         maps = min_max(maps)
     if list(maps.shape[1:]) != list(size):
-        maps = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        mode = "bilinear" if maps.dim() == 3 else "trilinear"
+        maps = F.interpolate(maps[:, None], size=size, mode=mode, align_corners=False)[:, 0]
     return min_max(maps) if normalize >= 2 else maps
 
 
@@ -67,11 +74,11 @@ def cam_backward(
     exact = exact_dtype(activations)
     a, g = activations.to(exact), gradients.to(exact)
     u = upstream.to(exact)[:, None]  # [n, 1, h, w]
-    if method in ("hirescam", "layercam"):
-        if method == "layercam":
-            on_a, on_g = g.clamp(min=0) * u, torch.where(g > 0, a * u, 0)
-        else:
-            on_a, on_g = g * u, a * u
+    if method in ("hirescam", "layercam", "elementwise"):
+        on_a, on_g = g * u, a * u
+        if method != "hirescam":
+            none = (g if method == "layercam" else a * g) <= 0  # NaN is not
+            on_a, on_g = on_a.masked_fill(none, 0), on_g.masked_fill(none, 0)
         return on_a.to(activations.dtype), on_g.to(gradients.dtype)
     on_weight = (a * u).sum((2, 3), keepdim=True)  # [n, c, 1, 1]
     if method == "weights":
@@ -92,5 +99,5 @@ def cam_backward(
         slope = (3 * g.square() * q - g.pow(3) * (4 * g + 3 * total * g.square())) / q.square()
         on_a = term.sum((2, 3), keepdim=True) * u
         on_a = on_a - on_weight * term.square().sum((2, 3), keepdim=True)
-        on_g = torch.where(g > 0, on_weight * slope, 0)
+        on_g = (on_weight * slope).masked_fill(g <= 0, 0)
     return on_a.to(activations.dtype), on_g.to(gradients.dtype).contiguous()

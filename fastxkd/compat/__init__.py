@@ -1,0 +1,1 @@
+"""Other packages' interfaces, so that a user of theirs changes one import."""
