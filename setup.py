@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 # The C++ kernels, one source each.
-SOURCES = ["kd_loss", "dist", "cam", "distance", "pairs"]
+SOURCES = ["kd_loss", "dist", "cam", "distance", "pairs", "principal"]
 HEADERS = [str(CSRC / "ops.h"), *sorted(map(str, (CSRC / "cpu").glob("*.h")))]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("FASTXKD_SANITIZE") == "1"

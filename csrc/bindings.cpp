@@ -209,6 +209,25 @@ void pair_distances(int level, int threads, Address rows, Address out, int64_t n
                                         threads));
 }
 
+// sizes: n, channels, positions, then their strides.
+void principal(int level, int threads, Address parts, Address projection, Address loadings,
+               const std::vector<int64_t>& sizes, int dtype) {
+  if (sizes.size() != 6) throw std::invalid_argument("principal: expected three sizes and strides");
+  fxk::PrincipalArgs a{};
+  a.parts = pointer<void>(parts);
+  a.projection = pointer<double>(projection);
+  a.loadings = pointer<double>(loadings);
+  a.n = sizes[0];
+  a.channels = sizes[1];
+  a.positions = sizes[2];
+  a.stride_n = sizes[3];
+  a.stride_c = sizes[4];
+  a.stride_p = sizes[5];
+  a.dtype = dtype;
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, principal)(a, threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
@@ -222,4 +241,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("distance_tile", &distance_tile);
   m.def("distance_grad_tile", &distance_grad_tile);
   m.def("pair_distances", &pair_distances);
+  m.def("principal", &principal);
 }

@@ -99,6 +99,14 @@ struct DistanceGradTileArgs {
   int dtype;
 };
 
+struct PrincipalArgs {
+  const void* parts;   // [n, channels, positions]
+  double* projection;  // [n, positions]: onto the component, which has no sign of its own
+  double* loadings;    // [n]: the component's, added up over the channels
+  int64_t n, channels, positions, stride_n, stride_c, stride_p;
+  int dtype;
+};
+
 // What every kernel returns: kOk, kNoMemory, kBadIndex (a teacher index outside the classes), or
 // the row whose label lies outside the classes.
 enum Status : int64_t { kOk = -1, kNoMemory = -2, kBadIndex = -3 };
@@ -117,6 +125,7 @@ enum Status : int64_t { kOk = -1, kNoMemory = -2, kBadIndex = -3 };
   int64_t distance_grad_tile(const DistanceGradTileArgs&, int threads);                            \
   int64_t pair_distances(const void* rows, int64_t n, int64_t width, int dtype, double* out,       \
                          int threads);                                                             \
+  int64_t principal(const PrincipalArgs&, int threads);                                            \
   }
 FXK_DECLARE(baseline)
 FXK_DECLARE(avx2)

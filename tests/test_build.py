@@ -17,7 +17,7 @@ from fastxkd.ops import _library
 
 ROOT = Path(fastxkd.__file__).parents[1]
 PACKAGE = Path(fastxkd.__file__).parent
-OPERATORS = ["kd_loss", "cam", "distance"]
+OPERATORS = ["kd_loss", "cam", "distance", "principal"]
 SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 
 SOURCE = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")

@@ -1,6 +1,7 @@
 // distance: one tile of the sweep over pairs. The Gram products come from the vendor's GEMM; here
-// they become distances, and every inner product of the matrices and every row sum is taken while
-// the tile is in cache, in double precision across short single-precision runs. Distances between
+// they become distances, and every inner product of the matrices and every row sum is taken in
+// double while the tile is in cache: a row far from all others makes products of which what decides
+// is the seventh digit. Distances between
 // points of many dimensions are nearly equal, and centring leaves of their products what little
 // they differ by: a typical distance is taken off first (off the diagonal), the caller puts it
 // back.
@@ -86,9 +87,8 @@ void row_distances(const DistanceTileArgs& a, int64_t k, int64_t i) {
   if (a.diagonal) gram[i] = 0;
 }
 
-template <class F>
-FXK_INLINE F dot(const F* a, const F* b, int64_t n) {
-  F sum = 0;
+FXK_INLINE double dot(const double* a, const double* b, int64_t n) {
+  double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) sum += a[j] * b[j];
   return sum;
@@ -98,7 +98,8 @@ template <class F>
 int64_t run(const DistanceTileArgs& a, int threads) {
   const int64_t K = a.matrices;
   const int64_t blocks = (a.rows + kRows - 1) / kRows;
-  const int64_t own = K * K + K * a.cols;  // doubles: products, then column sums
+  // Doubles: products, column sums, and the distances of a row that are being added.
+  const int64_t own = K * K + K * a.cols + K * kCols;
   Scratch scratch(a.products ? sizeof(double) * (size_t)(blocks * own) : 0);
   if (!scratch.ok()) return kNoMemory;
   double* partial = scratch.as<double>();
@@ -107,6 +108,7 @@ int64_t run(const DistanceTileArgs& a, int threads) {
   for (int64_t block = 0; block < blocks; ++block) {
     double* products = partial + block * own;
     double* col_sums = products + K * K;
+    double* wide = col_sums + K * a.cols;
     if (a.products)
       for (int64_t i = 0; i < own; ++i) products[i] = 0;
     const int64_t last = (block + 1) * kRows < a.rows ? (block + 1) * kRows : a.rows;
@@ -117,19 +119,21 @@ int64_t run(const DistanceTileArgs& a, int threads) {
         const int64_t m = j + kCols < a.cols ? kCols : a.cols - j;
         for (int64_t k = 0; k < K; ++k) {
           const F* x = reinterpret_cast<const F*>(a.grams[k]) + i * a.cols + j;
-          F sum = 0;
+          double* w = wide + k * kCols;
+          double sum = 0;
 #pragma omp simd reduction(+ : sum)
-          for (int64_t q = 0; q < m; ++q) sum += x[q];
+          for (int64_t q = 0; q < m; ++q) {
+            w[q] = (double)x[q];
+            sum += w[q];
+          }
           // One block owns row i, so its sum goes straight to the result.
-          a.row_sums[k * a.row_sums_stride + a.row_offset + i] += (double)sum;
+          a.row_sums[k * a.row_sums_stride + a.row_offset + i] += sum;
           if (!a.diagonal) {
             double* to = col_sums + k * a.cols + j;
 #pragma omp simd
-            for (int64_t q = 0; q < m; ++q) to[q] += (double)x[q];
+            for (int64_t q = 0; q < m; ++q) to[q] += w[q];
           }
-          for (int64_t l = k; l < K; ++l)
-            products[k * K + l] +=
-                (double)dot(x, reinterpret_cast<const F*>(a.grams[l]) + i * a.cols + j, m);
+          for (int64_t l = 0; l <= k; ++l) products[l * K + k] += dot(wide + l * kCols, w, m);
         }
       }
     }

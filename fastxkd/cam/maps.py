@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastxkd.ops import cam as operator
+from fastxkd.ops._library import wants_function
 from fastxkd.ops.cam import cam_map
+from fastxkd.ops.principal import principal
 from fastxkd.reference.cam import channel_weights, exact_dtype, finish, min_max
 
 Normalize = Literal["minmax"] | None
@@ -20,12 +21,7 @@ METHODS = (*operator.METHODS, "eigencam", "eigengradcam")
 # The loadings of a principal component sum up to about 1 at random and to the square root of the
 # number of channels where all agree; below this it is rounding that decides.
 SIGN_SHARE = 1e-2
-
-# How many elements of a batch are projected at once on a CPU: their copies stay in its cache.
-CHUNK = 1 << 20
-
-# Columns of a Gram matrix at a time.
-BAND = 64
+TWICE = "eigencam, eigengradcam, eigen_smooth: a principal component is differentiable once"
 
 
 def cam_from(
@@ -72,7 +68,7 @@ def cam_from(
 
     Returns:
         ``[n, height, width]`` float32 (float64 for float64 input), differentiable in activations
-        and gradients. NaN in one image makes that image's map NaN and no other.
+        and gradients, any number of times (principal components: once). NaN in one image makes that image's map NaN and no other.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, an unknown method.
@@ -157,65 +153,59 @@ def principal_map(parts: Tensor) -> Tensor:
 
     The sign is as :func:`cam_from` says; an image that is not finite gets a map of NaN.
     """
-    on_cpu = parts.device.type == "cpu"
-    rows = max(1, CHUNK // max(1, parts[0].numel())) if len(parts) else 1
-    if on_cpu and len(parts) > rows:
-        return torch.cat([principal_map(chunk) for chunk in parts.split(rows)])
-    exact = exact_dtype(parts)
-    # Products of float32 are of float32 only where nobody can have allowed them fewer digits.
-    full = on_cpu and torch.get_float32_matmul_precision() != "medium"
-    full = full and not torch.is_autocast_enabled("cpu")
-    x = parts.flatten(2).to(exact if full else torch.float64)
-    reach = torch.maximum(x.detach().amax((1, 2)), -x.detach().amin((1, 2)))
-    finite = reach.isfinite()
-    reach = torch.where(finite, reach, 1)
-    # Squares shall neither overflow nor vanish; a power of two changes no digit.
-    scale = torch.ldexp(torch.ones_like(reach), reach.frexp().exponent - 1)
-    x = (x / scale[:, None, None]).nan_to_num_(0, 0, 0)
-    x -= x.mean(2, keepdim=True)  # [n, c, p]
-    wide = x.double()
-    if x.shape[1] < x.shape[2]:
-        vector, _ = _leading(x, wide)
-        loadings = vector.detach().sum(1)
-        projection = (vector[:, None] @ wide)[:, 0]
-    else:
-        vector, value = _leading(x.mT, wide.mT)
-        length = torch.where(value > 0, value, 1).sqrt()
-        loadings = (vector * wide.sum(1)).detach().sum(1) / length.detach()
-        projection = torch.where(value > 0, length, 0)[:, None] * vector
+    if wants_function(parts):
+        parts = _Once.apply(parts)
+    projection, loadings = principal(parts.flatten(2))
     # What rounding leaves of a channel without spread is a constant.
     projection = projection - projection.mean(1, keepdim=True)
     known = projection.detach()
     largest = known.gather(1, known.abs().argmax(1, keepdim=True))[:, 0]
     leading = torch.where(loadings.abs() > SIGN_SHARE, loadings, largest)
-    projection = projection * torch.where(leading < 0, -scale, scale)[:, None]
-    projection = torch.where(finite[:, None], projection, float("nan"))
-    return projection.to(exact).unflatten(1, parts.shape[2:])
+    projection = torch.where((leading < 0)[:, None], -projection, projection)
+    return projection.to(exact_dtype(parts)).unflatten(1, parts.shape[2:])
 
 
-def _leading(x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading left singular vectors ``[n, m]`` and squared singular values ``[n]`` of ``wide``,
-    ``[n, m, k]`` in float64, of which ``x`` may be a rounded copy.
+class _Once(torch.autograd.Function):
+    """In front of a principal component, whose gradient takes the other components as constants:
+    right, but itself not to be differentiated."""
 
-    The Gram matrix and its ``eigh`` are of ``x``; a step of first-order perturbation restores what
-    they lose. That step is the gradient too: the one of ``eigh`` is NaN as soon as *any* two
-    eigenvalues are equal, as the zeros of a deficient matrix are.
-    """
-    known = x.detach()
-    gram = known.new_zeros(*x.shape[:2], x.shape[1])
-    for i in range(0, x.shape[1], BAND):  # the lower triangle is all that eigh reads
-        gram[:, i:, i : i + BAND] = known[:, i:] @ known[:, i : i + BAND].mT
-    values, vectors = (found.double() for found in torch.linalg.eigh(gram, UPLO="L"))
-    vector = F.normalize(vectors[..., -1:], dim=1)  # [n, m, 1], of length 1 in float64 too
-    others = vectors[..., :-1]
-    pull = wide @ (wide.mT @ vector)
-    value = vector.mT @ pull
-    gaps = value.detach() - values[:, :-1, None]
-    # Where a gap is no more than rounding, the step must stay small all the same.
-    least = torch.finfo(x.dtype).eps ** 0.5 * values[:, -1:, None]
-    inverse = torch.where(gaps > 0, 1 / gaps.maximum(least), 0)
-    moved = others @ (inverse * (others.mT @ (pull - value * vector)))
-    return (vector + moved)[..., 0], value[:, 0, 0]
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parts: Tensor) -> Tensor:
+        return parts.view_as(parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return _Constant.apply(upstream)  # type: ignore[no-any-return]
+
+
+class _Constant(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(TWICE)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(TWICE)
 
 
 def _check(activations: Any, gradients: Any, method: str, size: tuple[int, ...] | None) -> None:
