@@ -37,7 +37,7 @@ sanitize: .venv/.test
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  FASTXKD_SANITIZE=1 OMP_WAIT_POLICY=passive ../../$(BIN)/python -m pytest -m "not slow" \
 	  -p no:cacheprovider tests/test_kd_loss.py tests/test_divergences.py tests/test_dist.py tests/test_cam.py \
-	  tests/test_distance.py -k "not compile and not opcheck"
+	  tests/test_distance.py tests/test_principal.py -k "not compile and not opcheck"
 
 # A machine without a compiler: the package installs, says so, and runs on the reference. -S and the
 # path keep the checkout's own installation out, whose kernels would be found otherwise.
@@ -51,7 +51,8 @@ nocompiler: .venv/.test
 	  cd build/nocompiler && export PYTHONPATH="$$site" OMP_WAIT_POLICY=passive && \
 	  ../../$(BIN)/python -S -c "import fastxkd; assert {b.kernel for b in fastxkd.backends()} == {'reference'}" && \
 	  ../../$(BIN)/python -S -m pytest -m "not slow" -p no:cacheprovider tests/test_kd_loss.py \
-	  tests/test_divergences.py tests/test_dist.py tests/test_cam.py tests/test_distance.py
+	  tests/test_divergences.py tests/test_dist.py tests/test_cam.py tests/test_distance.py \
+	  tests/test_principal.py
 
 ci: lint test sanitize nocompiler
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastxkd
+from fastxkd.ops import _library
 from fastxkd.ops.principal import principal
 
 SHAPES = [(2, 1, 9), (2, 9, 1), (3, 5, 7), (4, 17, 33), (2, 64, 64), (2, 40, 1000), (2, 300, 49)]
@@ -93,6 +94,7 @@ def test_not_finite(backend: str, wrong: float) -> None:
     torch.testing.assert_close(found[[0, 2]], alone[[0, 2]])
 
 
+@pytest.mark.skipif(not _library.isa_levels(), reason="needs the C++ kernels")
 def test_threads_and_company_change_nothing() -> None:
     x = torch.randn(5, 30, 90)
     before = torch.get_num_threads()
