@@ -243,8 +243,8 @@ def test_refuses(name: str, first: Any, second: Any, error: type[Exception], tex
 
 def test_refuses_options() -> None:
     first, second = pair(2, 8, 20)
-    for window in (11, 4):
-        with pytest.raises(ValueError, match=f"window: expected an odd .* 8 .* got {window}"):
+    for window, text in ((11, "at most the 8 of the .*, got 11"), (4, "pixels, got 4")):
+        with pytest.raises(ValueError, match=f"window: expected an odd number of .*{text}"):
             agreement.ssim_agreement(first, second, window=window)
     with pytest.raises(ValueError, match="data_range: expected"):
         agreement.ssim_agreement(first, second, window=7, data_range=0)
@@ -305,6 +305,15 @@ def test_metric_options() -> None:
     for bad in ((), ("cosine", "cosine"), ("mse",)):
         with pytest.raises(ValueError, match="measures: expected one or more of"):
             fastxkd.ExplanationAgreement(bad)
+    for options, error, text in (
+        ({"window": 4}, ValueError, "window: expected an odd number of pixels, got 4"),
+        ({"window": 5.0}, TypeError, "window: expected an int, got float"),
+        ({"fraction": 2}, ValueError, "fraction: expected 0 < fraction <= 1, got 2"),
+        ({"sigma": 0}, ValueError, "sigma: expected a finite number above 0"),
+        ({"data_range": "1"}, TypeError, "data_range: expected a number, got str"),
+    ):
+        with pytest.raises(error, match=text):
+            fastxkd.ExplanationAgreement(**options)  # type: ignore[arg-type]
 
 
 def test_metric_in_a_collection() -> None:

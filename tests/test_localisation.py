@@ -305,6 +305,10 @@ def test_pointing_metric_refuses() -> None:
         fastxkd.PointingGame(classes=3).update(maps, masks, torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ValueError, match="classes: expected at least 1"):
         fastxkd.PointingGame(classes=0)
+    with pytest.raises(ValueError, match="tolerance: expected a finite number of at least 0"):
+        fastxkd.PointingGame(tolerance=-1)
+    with pytest.raises(TypeError, match="tolerance: expected a number, got str"):
+        fastxkd.PointingGame(tolerance="near")  # type: ignore[arg-type]
 
 
 def test_energy_metric_over_batches() -> None:

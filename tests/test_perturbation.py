@@ -501,3 +501,26 @@ def test_metric_in_and_out_of_inference_mode() -> None:
     metric(model, images[2:], maps[2:])
     true = confidence_change(model, images, maps).drop.mean().item()
     assert metric.compute().item() == pytest.approx(true, abs=1e-6)
+
+
+def test_metric_options_are_refused_when_made() -> None:
+    curves: tuple[type[Any], ...] = (fastxkd.DeletionAUC, fastxkd.InsertionAUC)
+    for curve in curves:
+        with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+            curve(steps=0)
+        with pytest.raises(TypeError, match="steps: expected an int, got float"):
+            curve(steps=2.5)
+        with pytest.raises(ValueError, match="steps_at_once: expected at least 1, got 0"):
+            curve(steps_at_once=0)
+    for metric in (*curves, fastxkd.AverageDrop, fastxkd.AverageIncrease):
+        with pytest.raises(ValueError, match="score: expected one of probability, logit, got 'bo"):
+            metric(score="bogus")
+    with pytest.raises(TypeError, match="baseline: expected a number, got str"):
+        fastxkd.DeletionAUC(baseline="x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="start: expected a number, got str"):
+        fastxkd.InsertionAUC(start="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="relative: expected False with score='logit'"):
+        fastxkd.AverageDrop(score="logit")
+    with pytest.raises(TypeError, match="relative: expected a bool, got int"):
+        fastxkd.AverageDrop(relative=1)  # type: ignore[arg-type]
+    fastxkd.AverageIncrease(score="logit")  # has no division

@@ -330,3 +330,14 @@ def test_metric_over_batches_is_one_batch() -> None:
         pytest.warns(UserWarning, match="compute"),
     ):
         metric.compute()
+
+
+def test_metric_options_are_refused_when_made() -> None:
+    with pytest.raises(TypeError, match="explainer: expected a callable, got NoneType"):
+        fastxkd.RandomisationCheck(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"measure: expected one of cosine, .* got 'mse'"):
+        fastxkd.RandomisationCheck(cam_of, measure="mse")
+    with pytest.raises(TypeError, match="cascade: expected a bool, got int"):
+        fastxkd.RandomisationCheck(cam_of, cascade=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed: expected an int, got float"):
+        fastxkd.RandomisationCheck(cam_of, seed=0.5)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -362,6 +363,38 @@ def test_nothing_to_test_is_p_one(backend: str) -> None:
         assert found.p_value == 1
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("which", ["x", "y", "given"])
+def test_a_score_that_is_nan_has_no_p_value(backend: str, which: str, bad: float) -> None:
+    x, y, z = data(30)
+    {"x": x, "y": y, "given": z}[which][3, 1] = bad
+    for target in (y, torch.arange(30) % 3) if which != "y" else (y,):
+        found = fastxkd.permutation_test(
+            x, target, given=z if which == "given" else None, permutations=99
+        )
+        assert found.value.isnan()
+        assert math.isnan(found.p_value)
+        assert found.permutations == 99
+
+
+def test_squares_beyond_the_dtype_have_no_p_value(backend: str) -> None:
+    x, y, _ = data(30, torch.float32)
+    found = fastxkd.permutation_test(1e25 * x, y, permutations=99)
+    exact = fastxkd.permutation_test(1e25 * x.double(), y, permutations=99)
+    assert exact.p_value < 0.1
+    assert found.value.isnan()
+    assert math.isnan(found.p_value)
+
+
+def test_a_nan_that_a_metric_has_seen_has_no_p_value() -> None:
+    x, _, _ = data(24)
+    x[5, 2] = float("nan")
+    metric = fastxkd.RelevanceScore()
+    metric.update(x, torch.arange(24) % 3)
+    assert metric.compute().isnan()
+    assert math.isnan(metric.p_value(99))
+
+
 def test_p_values_of_independent_features_are_uniform() -> None:
     found = [
         fastxkd.permutation_test(torch.randn(20, 2), torch.randn(20, 2), permutations=39).p_value
@@ -462,3 +495,10 @@ def test_wrong_arguments() -> None:
         fastxkd.permutation_test(x, y, permutations=0)
     with pytest.raises(TypeError, match="permutations: expected an int, got float"):
         fastxkd.permutation_test(x, y, permutations=9.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="generator: expected a Generator, got int"):
+        fastxkd.permutation_test(x, y, generator=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="memory: expected a number, got str"):
+        fastxkd.permutation_test(x, y, memory="1 GB")  # type: ignore[arg-type]
+    for call in (fastxkd.jackknife, fastxkd.permutation_test):
+        with pytest.raises(TypeError, match="unbiased: expected a bool, got str"):
+            call(x, y, unbiased="no")

@@ -132,6 +132,18 @@ def test_relevant_features_of_wrong_labels() -> None:
     assert model.training
 
 
+def test_relevant_features_of_what_was_made_in_inference_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    images, labels = torch.rand(4, 1, 8, 8), torch.arange(4) % 3
+    (true,) = fastxkd.relevant_features(model, ["1"], images, labels, noise=0).values()
+    with torch.inference_mode():
+        made = images.clone(), labels.clone()
+        (inside,) = fastxkd.relevant_features(model, ["1"], *made, noise=0).values()
+    (outside,) = fastxkd.relevant_features(model, ["1"], *made, noise=0).values()
+    assert torch.equal(inside, true)
+    assert torch.equal(outside, true)
+
+
 def test_noise_and_errors() -> None:
     images, maps = torch.randn(2, 3, 6, 6, requires_grad=True), torch.rand(2, 6, 6)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -274,13 +276,70 @@ def test_states_merge(mode: str) -> None:
 
 
 def test_forward_gives_the_batch_and_keeps_the_whole() -> None:
-    student, base, _ = data()
+    """A last batch of 3 has no score of its own."""
+    student, base, _ = data(43)
     metric = FSS()
     for s, b in zip(student.split(20), base.split(20), strict=True):
-        true = oracles.correlation(s, b, unbiased=False)
-        assert metric(s, b).item() == pytest.approx(true.item(), abs=1e-6)
+        found = metric(s, b)
+        if len(s) < 4:
+            assert found.isnan()
+        else:
+            true = oracles.correlation(s, b, unbiased=False)
+            assert found.item() == pytest.approx(true.item(), abs=1e-6)
+        assert metric._forward_cache is found
+    assert metric.update_count == 3
     true = oracles.correlation(student, base, unbiased=False)
     assert metric.compute().item() == pytest.approx(true.item(), abs=1e-6)
+
+
+def test_forward_in_batch_mode_leaves_out_what_has_no_score() -> None:
+    student, base, _ = data(43)
+    metric = FSS("batch")
+    each = [metric(s, b) for s, b in zip(student[:40].split(20), base[:40].split(20), strict=True)]
+    with pytest.warns(UserWarning, match="a batch of 3 was left out"):
+        assert metric(student[40:], base[40:]).isnan()
+    assert metric.batches == 2
+    assert metric.compute().item() == pytest.approx(sum(each).item() / 2, abs=1e-7)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", ["dataset", "batch"])
+def test_forward_of_a_single_class(mode: str) -> None:
+    student, _, labels = data()
+    metric, without = RS(mode), RS(mode)
+    first = metric(student[:24], labels[:24])
+    without.update(student[:24], labels[:24])
+    one = labels == 1
+    if mode == "batch":
+        with pytest.warns(UserWarning, match="single class"):
+            found = metric(student[one], labels[one])
+    else:
+        found = metric(student[one], labels[one])
+        without.update(student[one], labels[one])
+    assert not first.isnan()
+    assert found.isnan()
+    assert metric.compute() == without.compute()
+
+
+@pytest.mark.parametrize("mode", ["dataset", "batch"])
+def test_forward_that_fails_changes_nothing(mode: str) -> None:
+    student, base, labels = data()
+    metric = RS(mode)
+    metric(student[:20], labels[:20], base[:20])
+    before = metric.compute()
+    for wrong in (
+        (student[20:], labels[20:]),  # given before, not now
+        (student[20:], labels[21:], base[20:]),
+        (student[20:], labels[20:].float(), base[20:]),
+    ):
+        with pytest.raises(ValueError, match=r"given|targets"):
+            metric(*wrong)
+    metric._computed = None
+    assert metric.compute() == before
+    metric(student[20:], labels[20:], base[20:])
+    whole = RS(mode)
+    for part in (slice(0, 20), slice(20, 40)):
+        whole.update(student[part], labels[part], base[part])
+    assert metric.compute() == whole.compute()
 
 
 def test_in_a_collection() -> None:
@@ -293,6 +352,138 @@ def test_in_a_collection() -> None:
     for name, unbiased in (("biased", False), ("unbiased", True)):
         true = oracles.correlation(student, base, unbiased=unbiased)
         assert found[name].item() == pytest.approx(true.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["dataset", "batch"])
+def test_a_collection_keeps_metrics_apart_that_agree_at_first(mode: str) -> None:
+    """Two scores of 1, and rows that have length 1 already."""
+    torchmetrics = needs("torchmetrics")
+    student, _, labels = data()
+    student = student.flatten(1)
+    base, unit = student + torch.randn_like(student), student / student.norm(dim=1, keepdim=True)
+    known = labels[:, None].double().expand(-1, 24)  # the distances of the labels, nearly
+    first, second = slice(0, 20), slice(20, 40)
+    for kind, options, batches in (
+        (
+            FSS,
+            [{}, {"unbiased": True}, {"normalize_rows": True}],
+            [(unit[first], unit[first]), (student[second], base[second])],
+        ),
+        (
+            RS,
+            [{}, {"unbiased": False}],
+            [(one_hot(labels[first]).repeat(1, 8), labels[first]), (known[second], labels[second])],
+        ),
+    ):
+        together = torchmetrics.MetricCollection(
+            {str(i): kind(mode, **chosen) for i, chosen in enumerate(options)}  # type: ignore[arg-type]
+        )
+        alone = [kind(mode, **chosen) for chosen in options]  # type: ignore[arg-type]
+        for batch in batches:
+            together.update(*batch)
+            for metric in alone:
+                metric.update(*batch)
+        found = list(together.compute().values())
+        assert found == [metric.compute() for metric in alone]
+        assert len({float(x) for x in found}) == len(options)
+
+
+@pytest.mark.parametrize("mode", ["dataset", "batch"])
+def test_in_and_out_of_inference_mode(mode: str) -> None:
+    student, base, labels = data()
+    metric, plain = RS(mode), RS(mode)
+    with torch.inference_mode():
+        metric.update(student[:20], labels[:20], base[:20])
+        metric.reset()
+    metric.update(student[:20], labels[:20], base[:20])
+    with torch.inference_mode():
+        metric(student[20:30], labels[20:30], base[20:30])
+    metric(student[30:], labels[30:], base[30:])
+    for part in (slice(0, 20), slice(20, 30), slice(30, 40)):
+        plain.update(student[part], labels[part], base[part])
+    assert metric.compute() == plain.compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rows_of_any_length_are_normalised(dtype: torch.dtype) -> None:
+    """Squares that the dtype does not hold, and a row of zeros."""
+    student = 400 * torch.rand(16, 20_000).to(dtype)
+    base = (student[:, :50].float() + 100 * torch.rand(16, 50)).to(dtype)
+    student[3] = 0
+    if dtype != torch.float16:
+        student[4:] *= 1e30
+    metric = FSS(normalize_rows=True)
+    metric.update(student, base)
+    x, y = student.double(), base.double()
+    x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    true = oracles.correlation(x, y / y.norm(dim=1, keepdim=True), unbiased=False)
+    assert metric.compute().item() == pytest.approx(true.item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["dataset", "batch"])
+def test_wrong_updates_are_refused_at_once(mode: str) -> None:
+    student, base, labels = data()
+    whole = torch.ones(40, 3, dtype=torch.long)
+    for metric, given, error, text in (
+        (RS(mode), (student, [0] * 40), TypeError, "targets: expected a Tensor, got list"),
+        (RS(mode), (student, labels.float()), ValueError, r"targets: expected embeddings \[n, e\]"),
+        (RS(mode), (student, whole), ValueError, "targets: expected int64 class indices"),
+        (RS(mode), (student, labels > 0), ValueError, "targets: expected int64 class indices"),
+        (RS(mode), (whole, labels), TypeError, "features: expected a floating-point dtype"),
+        (RS(mode), (student, labels, whole), TypeError, "given: expected a floating-point dtype"),
+        (RS(mode), (student[:, 0, 0, 0], labels), ValueError, r"features: .*got shape \[40\]"),
+        (FSS(mode), (student, whole), TypeError, "base: expected a floating-point dtype"),
+        (FSS(mode), (student.tolist(), base), TypeError, "student: expected a Tensor, got list"),
+        (FSS(mode), (student, base[:, :0]), ValueError, r"base: .*got shape \[40, 0\]"),
+        (FSS(mode), (student, base.numpy()), TypeError, "base: .*ndarray; .*distance_correlation"),
+    ):
+        for call in (metric.update, metric):
+            with pytest.raises(error, match=text):
+                call(*given)
+        good = (student, labels) if isinstance(metric, RS) else (student, base)
+        metric.update(*good)
+        assert not metric.compute().isnan()
+
+
+def test_a_mapped_file_is_for_the_functions(tmp_path: Path) -> None:
+    student, base, _ = data()
+    mapped = np.memmap(tmp_path / "base", np.float64, "w+", shape=tuple(base.shape))
+    mapped[:] = base.numpy()
+    with pytest.raises(TypeError, match=r"base: .* memmap; .*fastxkd.distance_correlation"):
+        FSS().update(student, mapped)  # type: ignore[arg-type]
+    found = fastxkd.distance_correlation(student, mapped, unbiased=False)
+    true = oracles.correlation(student, base, unbiased=False)
+    assert found.item() == pytest.approx(true.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("width", [None, 5])
+def test_batches_that_do_not_fit_the_first(width: int | None) -> None:
+    student, base, labels = data()
+    fss, rs, by_embeddings = FSS(projection=width), RS(projection=width), RS()
+    fss.update(student, base)
+    rs.update(student, labels)
+    by_embeddings.update(student, base)
+    for call, text in (
+        (lambda: fss.update(student, base[:, 1:]), r"base: expected \[10\] a row .*, got \[9\]"),
+        (lambda: fss(student[:, 1:], base), r"student: expected \[4, 3, 2\] a row"),
+        (lambda: rs.update(student, base), r"targets: expected class indices .*, got \[10\] a row"),
+        (lambda: by_embeddings.update(student, labels), "targets: .*, got class indices"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
+    rs.reset()
+    rs.update(base, student)
+    for metric in (fss, rs, by_embeddings):
+        assert not metric.compute().isnan()
+
+
+def test_flags_are_bools() -> None:
+    for name in ("unbiased", "normalize_rows", "gather"):
+        with pytest.raises(TypeError, match=f"{name}: expected a bool, got str"):
+            FSS(**{name: "no"})  # type: ignore[arg-type]
+    for name in ("unbiased", "gather"):
+        with pytest.raises(TypeError, match=f"{name}: expected a bool, got int"):
+            RS(**{name: 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["dataset", "batch"])

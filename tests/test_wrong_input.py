@@ -663,3 +663,27 @@ def test_missing_extra_names_the_command() -> None:
     with pytest.raises(ImportError, match=r"'nowhere_to_be_found': pip install 'fastxkd\[cli\]'"):
         require("nowhere_to_be_found", extra="cli")
     assert needs("torchmetrics")
+
+
+ODD: list[Case] = [
+    (lambda: kd(teacher=T.to(torch.float8_e4m3fn)), TypeError, "teacher_logits: expected torch.fl"),
+    (lambda: fastxkd.box_masks(torch.ones(1, 4), (5,)), ValueError, "size: expected (height, wid"),
+    (lambda: fastxkd.class_activations(A, None), TypeError, "weight: expected a Tensor, got None"),
+    (
+        lambda: fastxkd.CATKDLoss(NET, OTHER, "conv", "conv")(torch.ones(())),
+        ValueError,
+        "images: expected [n, ...], got []",
+    ),
+    (
+        lambda: fastxkd.relevant_features(None, "a", IMAGES, Y),
+        TypeError,
+        "model: expected a Module, got NoneType",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), ODD, ids=[text[:12] for *_, text in ODD])
+def test_odd(call: Callable[[], Any], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind) as error:
+        call()
+    assert text in str(error.value)

@@ -100,9 +100,9 @@ def class_activations(activations: Tensor, weight: Tensor, bias: Tensor | None =
     """
     _check_maps("activations", activations)
     channels = activations.shape[1]
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_float(name, tensor)
+    check_float("weight", weight)
+    if bias is not None:
+        check_float("bias", bias)
     fits = weight.dim() in (2, 4) and weight.shape[1] == weight.shape[1:].numel() == channels
     if not fits:
         raise ValueError(
@@ -270,6 +270,8 @@ class CATKDLoss(Criterion):
 
     def forward(self, images: Tensor) -> CATKDOutput:
         """``loss`` and the logits of both models on a batch of images ``[n, ...]``."""
+        if isinstance(images, Tensor) and images.dim() < 2:
+            raise ValueError(f"images: expected [n, ...], got {list(images.shape)}")
         if not self._checked:
             self._student.check(images[:2])
             self._teacher.check(images[:2])

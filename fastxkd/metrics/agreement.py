@@ -94,9 +94,8 @@ def ssim_agreement(
     tensor([1.])
     """
     dtype = _check_pair(first, second)
-    check_positive(data_range=data_range, sigma=sigma)
-    check_counts(window=window)
-    if window % 2 == 0 or window > min(first.shape[1:]):
+    check_ssim_options(data_range, window, sigma)
+    if window > min(first.shape[1:]):
         raise ValueError(
             f"window: expected an odd number of pixels, at most the {min(first.shape[1:])} of the"
             f" maps' shorter side, got {window}"
@@ -114,6 +113,13 @@ def ssim_agreement(
     spread = (aa - mean_a.square()) + (bb - mean_b.square())
     value = numerator / ((mean_a.square() + mean_b.square() + c1) * (spread + c2))
     return value.mean((1, 2)).to(dtype)
+
+
+def check_ssim_options(data_range: float, window: int, sigma: float) -> None:
+    check_positive(data_range=data_range, sigma=sigma)
+    check_counts(window=window)
+    if window % 2 == 0:
+        raise ValueError(f"window: expected an odd number of pixels, got {window}")
 
 
 def top_agreement(first: Tensor, second: Tensor, *, fraction: float = 0.1) -> Tensor:
@@ -136,13 +142,17 @@ def top_agreement(first: Tensor, second: Tensor, *, fraction: float = 0.1) -> Te
     tensor([0.3333])
     """
     dtype = _check_pair(first, second)
-    check_number("fraction", fraction)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction: expected 0 < fraction <= 1, got {fraction}")
+    check_fraction(fraction)
     count = max(1, round(fraction * first[0].numel()))
     a, b = (pixel_order(m.detach()).flatten(1) < count for m in (first, second))
     value = (a & b).sum(1, dtype=dtype) / (a | b).sum(1, dtype=dtype)
     return nan_where_map_is(first, nan_where_map_is(second, value))
+
+
+def check_fraction(fraction: float) -> None:
+    check_number("fraction", fraction)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: expected 0 < fraction <= 1, got {fraction}")
 
 
 MEASURES = {

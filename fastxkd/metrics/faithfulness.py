@@ -11,7 +11,13 @@ from torchmetrics import Metric
 
 from fastxkd.cam.capture import Layers
 from fastxkd.metrics._scoring import Model
-from fastxkd.metrics.agreement import MEASURES, ssim_agreement, top_agreement
+from fastxkd.metrics.agreement import (
+    MEASURES,
+    check_fraction,
+    check_ssim_options,
+    ssim_agreement,
+    top_agreement,
+)
 from fastxkd.metrics.localisation import (
     energy_pointing_game,
     grid_pointing_game,
@@ -20,13 +26,16 @@ from fastxkd.metrics.localisation import (
 from fastxkd.metrics.perturbation import (
     Explainer,
     adcc,
+    check_change_options,
+    check_curve_options,
     confidence_change,
     deletion_curve,
     insertion_curve,
 )
 from fastxkd.metrics.road import PERCENTILES, check_options, road_score
+from fastxkd.metrics.sanity import check_options as check_sanity_options
 from fastxkd.metrics.sanity import randomisation_check
-from fastxkd.ops._checks import check_counts, check_labels
+from fastxkd.ops._checks import check_counts, check_factors, check_labels
 
 
 class _Score(Metric):
@@ -76,6 +85,7 @@ class ROAD(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(model, images, maps, targets=None, generator=None)``.
+    NaN in an image or a map is NaN in the mean.
 
     >>> import torch
     >>> images = torch.zeros(2, 1, 8, 8)
@@ -133,6 +143,7 @@ class DeletionAUC(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(model, images, maps, targets=None)``.
+    NaN in an image or a map is NaN in the mean.
 
     >>> import torch
     >>> metric = DeletionAUC(steps=4, score="logit")
@@ -160,6 +171,7 @@ class DeletionAUC(_Mean):
             "score": score,
             "steps_at_once": steps_at_once,
         }
+        check_curve_options(**self.options)
 
     def update(self, model: Model, images: Tensor, maps: Tensor, targets: Any = None) -> None:
         self._take(deletion_curve(model, images, maps, targets, **self.options).auc)
@@ -173,6 +185,7 @@ class InsertionAUC(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(model, images, maps, targets=None)``.
+    NaN in an image or a map is NaN in the mean.
 
     >>> import torch
     >>> metric = InsertionAUC(steps=4, start=0.0, score="logit")
@@ -198,6 +211,7 @@ class InsertionAUC(_Mean):
             "score": score,
             "steps_at_once": steps_at_once,
         }
+        check_curve_options(**self.options)
 
     def update(self, model: Model, images: Tensor, maps: Tensor, targets: Any = None) -> None:
         self._take(insertion_curve(model, images, maps, targets, **self.options).auc)
@@ -211,6 +225,7 @@ class AverageDrop(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(model, images, maps, targets=None)``.
+    NaN in an image or a map is NaN in the mean.
 
     >>> import torch
     >>> metric = AverageDrop(score="logit", relative=False)
@@ -225,6 +240,7 @@ class AverageDrop(_Mean):
     def __init__(self, *, score: str = "probability", relative: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.options: dict[str, Any] = {"score": score, "relative": relative}
+        check_change_options(**self.options)
 
     def update(self, model: Model, images: Tensor, maps: Tensor, targets: Any = None) -> None:
         self._take(confidence_change(model, images, maps, targets, **self.options).drop)
@@ -238,6 +254,7 @@ class AverageIncrease(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(model, images, maps, targets=None)``.
+    NaN in an image or a map is NaN in the mean.
 
     >>> import torch
     >>> metric = AverageIncrease()
@@ -249,6 +266,7 @@ class AverageIncrease(_Mean):
 
     def __init__(self, *, score: str = "probability", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_change_options(score, relative=False)
         self.score = score
 
     def update(self, model: Model, images: Tensor, maps: Tensor, targets: Any = None) -> None:
@@ -263,6 +281,7 @@ class ADCC(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(model, images, explain, targets=None, maps=None)``.
+    NaN in an image or a map is NaN in the mean.
 
     >>> import torch
     >>> metric = ADCC()
@@ -294,6 +313,7 @@ class PointingGame(_Score):
 
     ``update(maps, masks, labels=None)``: labels int64 ``[n]``, the objects' classes, if and only
     if ``classes`` is given.
+    NaN in a map is NaN in the mean.
 
     >>> import torch
     >>> metric = PointingGame(classes=3, tolerance=0)
@@ -313,6 +333,8 @@ class PointingGame(_Score):
         super().__init__(**kwargs)
         if classes is not None:
             check_counts(classes=classes)
+        if tolerance is not None:
+            check_factors(tolerance=tolerance)
         self.classes, self.tolerance = classes, tolerance
         self.add_state("hits", torch.zeros(classes or 1, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("seen", torch.zeros(classes or 1, dtype=torch.long), dist_reduce_fx="sum")
@@ -348,6 +370,7 @@ class EnergyPointingGame(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(maps, masks)``.
+    NaN in a map is NaN in the mean.
 
     >>> import torch
     >>> metric = EnergyPointingGame()
@@ -368,6 +391,7 @@ class GridPointingGame(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(explain, images, labels)``.
+    NaN in an image or a map is NaN in the mean.
 
     >>> import torch
     >>> images = torch.eye(4)[:, :, None, None].expand(4, 4, 3, 3)
@@ -397,6 +421,7 @@ class ExplanationAgreement(_Mean):
         kwargs: of :class:`torchmetrics.Metric`.
 
     ``update(first, second)``: maps ``[n, h, w]``. ``compute()`` gives a dict, name to mean.
+    NaN in a map is NaN in the mean.
 
     >>> import torch
     >>> metric = ExplanationAgreement(["pearson", "top"])
@@ -423,6 +448,8 @@ class ExplanationAgreement(_Mean):
                 f"measures: expected one or more of {', '.join(MEASURES)}, each once,"
                 f" got {', '.join(map(repr, measures)) or 'none'}"
             )
+        check_fraction(fraction)
+        check_ssim_options(data_range, window, sigma)
         super().__init__(width=(len(measures),), **kwargs)
         self.measures, self.fraction = measures, fraction
         self.ssim_options = {"data_range": data_range, "window": window, "sigma": sigma}
@@ -451,6 +478,7 @@ class RandomisationCheck(_Mean):
 
     ``update(model, images, targets=None)``. ``compute()`` gives a dict, layer to mean agreement
     after it was randomised, in that order.
+    NaN in an image or a map is NaN in the mean.
 
     >>> import torch, fastxkd
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(),
@@ -481,6 +509,7 @@ class RandomisationCheck(_Mean):
             "cascade": cascade,
             "seed": seed,
         }
+        check_sanity_options(explainer, measure, cascade, seed)
         self.names: tuple[str, ...] = ()
 
     def update(self, model: nn.Module, images: Tensor, targets: Any = None) -> None:

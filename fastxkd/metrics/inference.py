@@ -22,6 +22,7 @@ permutations and each takes its entries of B, from where ``_entries_of`` finds t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -39,6 +40,7 @@ from fastxkd.metrics.similarity import (
     paired,
     scores_of_layer,
 )
+from fastxkd.ops._checks import check_factors, check_flags
 from fastxkd.ops.pairs import Pairs, Tile, agree
 from fastxkd.ops.stored import Features
 
@@ -135,6 +137,7 @@ def _operands(
     unbiased: bool,
     group: dist.ProcessGroup | None,
 ) -> tuple[list[Features], list[str]]:
+    check_flags(unbiased=unbiased)
     if given is not None and not unbiased:
         raise ValueError("given: a partial score needs unbiased=True")
     classes = agree(lambda: isinstance(y, Tensor) and not y.is_floating_point(), group)
@@ -242,7 +245,12 @@ def permutation_test(
             (labels), the distances of those are all that is kept; else the matrix, if it fits; else
             the distances of y are computed for every permutation, at P times the time.
 
+    Returns:
+        :class:`PermutationTest`: score, p and P. Where the score is NaN (NaN or infinity in the
+        features, or values whose squares are beyond their dtype), so is p.
+
     Raises:
+        TypeError: options of another type.
         ValueError: with ``group``, features y whose matrix does not fit in ``memory``: rows of
             other processes cannot be permuted without it.
 
@@ -256,11 +264,16 @@ def permutation_test(
         raise TypeError(f"permutations: expected an int, got {type(permutations).__name__}")
     if permutations < 1:
         raise ValueError(f"permutations: expected at least 1, got {permutations}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a Generator, got {type(generator).__name__}")
     features, names = _operands(x, y, given, unbiased, group)
+    check_factors(memory=memory)
     pairs = Pairs(features, names, group)
     products, row_sums = pairs.sums()
     found = centre(products, row_sums, pairs.dtype, unbiased=unbiased)
     score = _score(found, given is not None).to(pairs.dtype)
+    if bool(score.isnan()):
+        return PermutationTest(score, math.nan, permutations)
     fixed = Pairs(
         [f for i, f in enumerate(features) if i != 1], ["x", "given"][: len(features) - 1], group
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,8 @@ def box_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
         raise TypeError(f"boxes: expected a Tensor, got {type(boxes).__name__}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes: expected [n, 4], got {list(boxes.shape)}")
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"size: expected (height, width), got {size!r}")
     check_counts(height=size[0], width=size[1])
     left, top, right, bottom = boxes[:, :, None].unbind(1)  # [n, 1] each
     y, x = (torch.arange(length, device=boxes.device) + 0.5 for length in size)

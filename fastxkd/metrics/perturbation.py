@@ -17,9 +17,15 @@ from fastxkd.metrics._maps import (
     nan_where_map_is,
     pixel_order,
 )
-from fastxkd.metrics._scoring import Model, Scorer
+from fastxkd.metrics._scoring import SCORES, Model, Scorer
 from fastxkd.metrics.agreement import pearson_agreement
-from fastxkd.ops._checks import check_counts, check_flags, check_float, check_number
+from fastxkd.ops._checks import (
+    check_choice,
+    check_counts,
+    check_flags,
+    check_float,
+    check_number,
+)
 
 Explainer = Callable[..., Tensor]
 
@@ -68,7 +74,8 @@ def deletion_curve(
     >>> deletion_curve(model, images, images[:, 0], 3, steps=4, score="logit").scores
     tensor([[4., 0., 0., 0., 0.]])
     """
-    _check_call(images, maps, steps, steps_at_once)
+    check_curve_options(steps, score, steps_at_once)
+    _check_call(images, maps, steps)
     return _curve(
         Scorer(model, images, targets, score),
         maps,
@@ -107,7 +114,8 @@ def insertion_curve(
     >>> insertion_curve(model, images, images[:, 0], 2, steps=4, start=0.0, score="logit").scores
     tensor([[0., 0., 3., 3., 3.]])
     """
-    _check_call(images, maps, steps, steps_at_once)
+    check_curve_options(steps, score, steps_at_once)
+    _check_call(images, maps, steps)
     scorer = Scorer(model, images, targets, score)
     return _curve(
         scorer,
@@ -120,16 +128,25 @@ def insertion_curve(
     )
 
 
-def _check_call(images: Any, maps: Any, steps: int | None, steps_at_once: int) -> None:
-    check_images(images)
-    check_maps_of(images, maps)
-    check_counts(steps_at_once=steps_at_once)
+def check_curve_options(
+    steps: int | None, score: str, steps_at_once: int, **filling: float | Tensor | None
+) -> None:
     if steps is not None:
         check_counts(steps=steps)
-        if steps > maps[0].numel():
-            raise ValueError(
-                f"steps: expected at most one for each of {maps[0].numel()} pixels, got {steps}"
-            )
+    check_choice("score", score, SCORES)
+    check_counts(steps_at_once=steps_at_once)
+    for name, value in filling.items():
+        if value is not None and not isinstance(value, Tensor):
+            check_number(name, value)
+
+
+def _check_call(images: Any, maps: Any, steps: int | None) -> None:
+    check_images(images)
+    check_maps_of(images, maps)
+    if steps is not None and steps > maps[0].numel():
+        raise ValueError(
+            f"steps: expected at most one for each of {maps[0].numel()} pixels, got {steps}"
+        )
 
 
 def _like(images: Tensor, value: float | Tensor, name: str) -> Tensor:
@@ -243,14 +260,19 @@ def confidence_change(
     """
     check_images(images)
     check_maps_of(images, maps)
+    check_change_options(score, relative)
+    _check_unit(maps)
+    scorer = Scorer(model, images, targets, score)
+    return _change(scorer, _through(images, maps), relative)
+
+
+def check_change_options(score: str, relative: bool) -> None:
+    check_choice("score", score, SCORES)
     check_flags(relative=relative)
     if relative and score == "logit":
         raise ValueError(
             "relative: expected False with score='logit', which may be negative; got True"
         )
-    _check_unit(maps)
-    scorer = Scorer(model, images, targets, score)
-    return _change(scorer, _through(images, maps), relative)
 
 
 def _check_unit(maps: Tensor) -> None:

@@ -117,7 +117,9 @@ def relevant_features(
                 f"labels: expected classes in [0, {classes}),"
                 f" got {int(labels.min())} to {int(labels.max())}"
             )
-        return logits.float().softmax(1).gather(1, labels.to(logits.device)[:, None]).sum()
+        # Cloned: what was made under inference_mode cannot be saved for a backward.
+        own = labels.to(logits.device).clone()
+        return logits.float().softmax(1).gather(1, own[:, None]).sum()
 
     images = images.detach()
     explain = HiResCAM(model, list(named.values()), reshape_transform)

@@ -73,13 +73,8 @@ def randomisation_check(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not callable(explainer):
-        raise TypeError(f"explainer: expected a callable, got {type(explainer).__name__}")
+    check_options(explainer, measure, cascade, seed)
     check_images(images)
-    check_choice("measure", measure, tuple(MEASURES))
-    check_flags(cascade=cascade)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
     names = _names(model, layers)
     if targets is None:
         targets = Scorer(model, images, None, "logit").targets
@@ -103,6 +98,15 @@ def randomisation_check(
             maps = explainer(random)(images, targets=targets)
             rows.append(MEASURES[measure](trained, maps))
     return Randomisation(tuple(names), torch.stack(rows))
+
+
+def check_options(explainer: Any, measure: str, cascade: bool, seed: int) -> None:
+    if not callable(explainer):
+        raise TypeError(f"explainer: expected a callable, got {type(explainer).__name__}")
+    check_choice("measure", measure, tuple(MEASURES))
+    check_flags(cascade=cascade)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
 
 
 def _names(model: nn.Module, layers: Layers | None) -> list[str]:

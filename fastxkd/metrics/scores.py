@@ -6,6 +6,7 @@ import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,10 +16,12 @@ from torchmetrics.utilities import dim_zero_cat
 from fastxkd.metrics.inference import jackknife, permutation_test
 from fastxkd.metrics.projection import RandomProjection
 from fastxkd.metrics.similarity import (
+    check_targets,
     inner_products,
     label_embeddings,
     normalized_rows,
 )
+from fastxkd.ops._checks import check_flags, check_float
 
 MODES = ("dataset", "batch")
 
@@ -71,6 +74,10 @@ class _Similarity(Metric):
         else:
             for column in self.columns:
                 self.add_state(column, [], dist_reduce_fx="cat")
+        # As of the metrics in faithfulness.py: NaN is close to nothing, so that a MetricCollection
+        # does not take two for one that agree on a first batch.
+        self.add_state("apart", torch.tensor(torch.nan), dist_reduce_fx="sum")
+        self._rows: dict[str, str] = {}  # what the first update had
 
     def _embedded(self, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return y
@@ -109,12 +116,78 @@ class _Similarity(Metric):
             self._leave_out("a batch of a single class was left out: it cannot tell relevance")
         else:
             score = self._score(*(c.detach() for c in columns)).double()
-            self.total += score
-            self.squares += score.square()
-            self.batches += 1
+            # Not in place: states made under inference_mode may not be written to outside.
+            self.total = self.total + score
+            self.squares = self.squares + score.square()
+            self.batches = self.batches + 1
 
     def _one_class(self, *columns: Tensor) -> bool:
         return False
+
+    def _check_given(self, *given: Any) -> dict[str, str]:
+        """At the batch that is wrong, not at the end. Returns what rows are, in all batches."""
+        for name, features in zip(self.columns, given, strict=False):
+            if isinstance(features, np.ndarray):
+                raise TypeError(
+                    f"{name}: expected a Tensor, got {type(features).__name__}; arrays and mapped"
+                    " files are for the functions: fastxkd.distance_correlation, jackknife, ..."
+                )
+            if name == "targets":
+                check_targets(features, name)
+                continue
+            check_float(name, features)
+            if features.dim() < 2 or features.shape[1:].numel() == 0:
+                raise ValueError(
+                    f"{name}: expected features [n, ...] with at least one value a row,"
+                    f" got shape {list(features.shape)}"
+                )
+        for name, features in zip(self.columns, given, strict=False):
+            if features.device != given[0].device:
+                raise ValueError(
+                    f"{name}: expected the device of {self.columns[0]}, {given[0].device},"
+                    f" got {features.device}"
+                )
+        rows = {
+            name: f"{list(x.shape[1:])} a row" if x.is_floating_point() else "class indices"
+            for name, x in zip(self.columns, given, strict=False)
+        }
+        for name, first in self._rows.items() if self.mode == "dataset" else ():
+            if rows.get(name, first) != first:
+                raise ValueError(f"{name}: expected {first} as at first, got {rows[name]}")
+        return rows
+
+    def reset(self) -> None:
+        super().reset()
+        self._rows = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``update``, and the score of this batch alone: NaN where it is too small for one, or of
+        a single class."""
+        if self._is_synced:
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]  # raises
+        # torchmetrics' resets, and what it had put aside is lost where update or compute raise.
+        before = {name: getattr(self, name) for name in self._defaults}
+        for name, state in before.items():
+            setattr(self, name, torch.zeros_like(state) if isinstance(state, Tensor) else [])
+        try:
+            self.update(*args, **kwargs)
+            with self.sync_context(self.dist_sync_fn, should_sync=self.dist_sync_on_step):
+                own = torch.tensor(torch.nan, device=self.device)
+                if self._group is not None or self._has_score():
+                    own = type(self).compute(self)
+        finally:
+            if self._is_synced:
+                self.unsync()
+            for name, state in before.items():
+                setattr(self, name, state + getattr(self, name))
+        self._forward_cache = own  # type: ignore[assignment]
+        return own
+
+    def _has_score(self) -> bool:
+        if self.mode == "batch":
+            return bool(self.batches)
+        columns = self._seen()
+        return columns[0].shape[0] >= 4 and not self._one_class(*columns)
 
     def _leave_out(self, why: str) -> None:
         # Past _take, update and what torchmetrics puts around it.
@@ -217,7 +290,9 @@ class FeatureSimilarityScore(_Similarity):
     Args:
         mode: ``"dataset"``: exact over all samples (features are kept until ``compute``);
             ``"batch"``: the paper's mean of per-batch scores, in constant memory. Batches of fewer
-            than 4 are left out, with a warning.
+            than 4 are left out, with a warning; ``metric(student, base)``, which is ``update`` and
+            the batch's own score, gives NaN for them. NaN in a feature is NaN in the score and in
+            the mean.
         unbiased: the U-centred estimator in [-1, 1] instead of the biased one in [0, 1]. The paper
             does not name its estimator; biased is our reading, since its figures span [0, 1].
         normalize_rows: L2-normalise each sample's features first, as the authors' current code
@@ -251,15 +326,18 @@ class FeatureSimilarityScore(_Similarity):
         gather: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_flags(unbiased=unbiased, normalize_rows=normalize_rows, gather=gather)
         super().__init__(mode, projection=projection, gather=gather, **kwargs)
         self.unbiased = unbiased
         self.normalize_rows = normalize_rows
 
     def update(self, student: Tensor, base: Tensor) -> None:
+        rows = self._check_given(student, base)
         features = (student, base)
         if self.normalize_rows:
             features = (normalized_rows(student), normalized_rows(base))
         self._take(*(self._narrow(f, n) for f, n in zip(features, self.columns, strict=True)))
+        self._rows = rows
 
 
 class RelevanceScore(_Similarity):
@@ -298,6 +376,7 @@ class RelevanceScore(_Similarity):
         gather: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_flags(unbiased=unbiased, gather=gather)
         super().__init__(mode, projection=projection, gather=gather, **kwargs)
         self.unbiased = unbiased
         self._partial: bool | None = None
@@ -311,10 +390,11 @@ class RelevanceScore(_Similarity):
             raise ValueError("given: a partial score needs unbiased=True")
         if self._partial not in (None, given is not None):
             raise ValueError("given: expected in every update or in none")
-        self._partial = given is not None
+        rows = self._check_given(features, targets, *([] if given is None else [given]))
         narrow = self._narrow(features, "features")
         partial = () if given is None else (self._narrow(given, "given"),)
         self._take(narrow, targets, *partial)
+        self._rows, self._partial = rows, given is not None
 
     def _embedded(self, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return label_embeddings(y, group=group)

@@ -14,7 +14,7 @@ and that of the doubly centred ones:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -215,21 +215,10 @@ def label_embeddings(
     """
 
     def classes() -> list[int] | None:
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(targets).__name__}")
-        if targets.is_floating_point():
-            if targets.dim() < 2:
-                raise ValueError(
-                    f"{name}: expected embeddings [n, e] or int64 class indices [n],"
-                    f" got {targets.dtype} {list(targets.shape)}"
-                )
+        check_targets(targets, name)
+        if group is None or targets.is_floating_point():
             return None
-        if targets.dim() != 1 or targets.dtype == torch.bool or targets.is_complex():
-            raise ValueError(
-                f"{name}: expected int64 class indices [n],"
-                f" got {targets.dtype} {list(targets.shape)}"
-            )
-        return None if group is None else targets.unique().tolist()
+        return targets.unique().tolist()  # type: ignore[no-any-return]
 
     everyone = agree(classes, group)
     if len({some is None for some in everyone}) > 1:
@@ -242,6 +231,22 @@ def label_embeddings(
     joint = torch.tensor(sorted({c for some in everyone for c in some or []}), dtype=targets.dtype)
     index = torch.searchsorted(joint.to(targets.device), targets.contiguous())
     return F.one_hot(index, len(joint)).float()
+
+
+def check_targets(targets: Any, name: str) -> None:
+    """Class indices ``[n]`` or embeddings ``[n, e]``."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(targets).__name__}")
+    if targets.is_floating_point():
+        if targets.dim() < 2:
+            raise ValueError(
+                f"{name}: expected embeddings [n, e] or int64 class indices [n],"
+                f" got {targets.dtype} {list(targets.shape)}"
+            )
+    elif targets.dim() != 1 or targets.dtype == torch.bool or targets.is_complex():
+        raise ValueError(
+            f"{name}: expected int64 class indices [n], got {targets.dtype} {list(targets.shape)}"
+        )
 
 
 class LayerScores(NamedTuple):
@@ -335,4 +340,9 @@ def scores_of_layer(
 
 
 def normalized_rows(features: Tensor) -> Tensor:
-    return F.normalize(features.reshape(features.shape[0], -1), dim=1)
+    """``[n, width]`` rows of length 1, or 0 where all values are 0; float64 for float64, else
+    float32: 16 bits do not hold the squares."""
+    rows = features.detach().reshape(features.shape[0], -1).to(_result_dtype(features))
+    # By the largest first: neither do float32's hold those of every number.
+    largest = rows.abs().amax(1, keepdim=True)
+    return F.normalize(rows / largest.where(largest != 0, 1), dim=1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastxkd.ops import _library
 from fastxkd.ops._checks import check_number
 
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2}
@@ -294,7 +295,7 @@ def _check_teacher(student: Tensor, teacher: Tensor, indices: Tensor | None, sev
             f" got {list(shape)}"
         )
     if student.dtype != teacher.dtype and (
-        not teacher.is_floating_point()
+        teacher.dtype not in _library.DTYPES
         or (teacher.dtype == torch.float64 and student.dtype != torch.float64)
     ):
         raise TypeError(
