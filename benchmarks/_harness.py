@@ -73,6 +73,7 @@ class Samples:
 
     clean: list[tuple[float, float]] = field(default_factory=list)
     disturbed: list[tuple[float, float]] = field(default_factory=list)
+    by_round: dict[int, float] = field(default_factory=dict)  # the undisturbed ones
 
     def settle(self) -> tuple[list[float], list[float], bool]:
         noisy = len(self.clean) < ENOUGH
@@ -128,10 +129,20 @@ def measure(
                 counts[name], disturbed = math.ceil(1.2 * seconds / max(each, 1e-9)), True
             kept = samples[name].disturbed if disturbed else samples[name].clean
             kept.append((each, faults))
+            if not disturbed:
+                samples[name].by_round[done] = each
         enough = all(len(s.clean) >= rounds for s in samples.values())
         if enough or (done >= ENOUGH and read().end - start > budget):
             break
     return samples
+
+
+def paired(own: Samples, floor: Samples) -> float | None:
+    """Median of the ratios within a round, in which drift of the machine cancels."""
+    both = own.by_round.keys() & floor.by_round.keys()
+    if len(both) < ENOUGH:
+        return None
+    return statistics.median(own.by_round[k] / floor.by_round[k] for k in both)
 
 
 def rows_of(
@@ -143,7 +154,8 @@ def rows_of(
 ) -> list[Row]:
     settled = {name: s.settle() for name, s in samples.items()}
     medians = {name: statistics.median(seconds) for name, (seconds, _, _) in settled.items()}
-    floor, ours = medians[next(iter(medians))], medians.get("ours")
+    first = next(iter(medians))
+    floor, ours = medians[first], medians.get("ours")
     rows = []
     for name, (seconds, faults, noisy) in settled.items():
         rows.append(
@@ -154,6 +166,7 @@ def rows_of(
                 min_ms=min(seconds) * 1e3,
                 max_ms=max(seconds) * 1e3,
                 times_floor=medians[name] / floor,
+                paired_floor=paired(samples[name], samples[first]),
                 times_ours=None if ours is None else medians[name] / ours,
                 floor_gb_s=floor_bytes and floor_bytes / medians[name] / 1e9,
                 faults=statistics.median(faults),

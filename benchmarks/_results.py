@@ -31,6 +31,7 @@ class Row:
     peak_bytes: int | None = None
     resident_bytes: int | None = None
     note: str = ""
+    paired_floor: float | None = None  # median of the ratios to the floor within a round
 
 
 FACTS = ("timestamp", "commit", "dirty", "gated", "cpu", "cores", "torch")

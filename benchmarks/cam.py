@@ -6,12 +6,15 @@ of activations and gradients, and that of EigenCAM one of the activations.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastxkd
@@ -61,11 +64,52 @@ def explainers(model: nn.Module, layer: nn.Module, images: Tensor) -> Case:
         with peer.GradCAM(model=model, target_layers=[layer]) as explainer:  # type: ignore[attr-defined]
             return explainer(input_tensor=images, targets=callables)  # type: ignore[no-any-return]
 
-    def notes() -> dict[str, str]:
-        off = np.abs(ours().numpy() - theirs()).max()
-        return {"ours": f"maps differ from pytorch-grad-cam's by at most {off:.1e}"}
+    variants: dict[str, Callable[[], Any]] = {"floor: forward": forward, "pytorch-grad-cam": theirs}
+    for name, made in (("captum", in_captum), ("torchcam", in_torchcam)):
+        with contextlib.suppress(Skip):  # they are compared where they are installed
+            variants[name] = made(model, layer, images, classes)
 
-    return Case({"floor: forward": forward, "pytorch-grad-cam": theirs, "ours": ours}, notes=notes)
+    def notes() -> dict[str, str]:
+        maps = ours().numpy()
+        peers = list(variants)[1:]
+        off = [np.abs(maps - np.asarray(variants[name]())).max() for name in peers]
+        pairs = zip(peers, off, strict=True)
+        text = ", ".join(f"{name}'s by at most {by:.1e}" for name, by in pairs)
+        return {"ours": f"maps differ from {text}"}
+
+    return Case(variants | {"ours": ours}, notes=notes)
+
+
+def _finished(raw: Tensor, size: torch.Size) -> Tensor:
+    """Up-sampled and between 0 and 1: [n, 1, h, w] to [n, H, W]."""
+    maps = F.interpolate(raw.relu(), size, mode="bilinear").squeeze(1)
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return (maps / (reference.MIN_MAX_EPS + maps.amax((1, 2), keepdim=True))).detach()
+
+
+def in_captum(
+    model: nn.Module, layer: nn.Module, images: Tensor, classes: list[int]
+) -> Callable[[], Tensor]:
+    attr = _imported("captum.attr", "captum")
+
+    def call() -> Tensor:
+        explainer = attr.LayerGradCam(model, layer)  # type: ignore[attr-defined]
+        return _finished(explainer.attribute(images, target=classes), images.shape[2:])
+
+    return call
+
+
+def in_torchcam(
+    model: nn.Module, layer: nn.Module, images: Tensor, classes: list[int]
+) -> Callable[[], Tensor]:
+    methods = _imported("torchcam.methods", "torchcam")
+
+    def call() -> Tensor:
+        with methods.GradCAM(model, target_layer=layer) as extractor:  # type: ignore[attr-defined]
+            raw = extractor(classes, model(images), normalized=False)[0]
+        return _finished(raw[:, None], images.shape[2:])
+
+    return call
 
 
 def in_numpy(a: np.ndarray, g: np.ndarray, method: str) -> np.ndarray:
@@ -154,9 +198,12 @@ def _resnet_case(batch: int) -> Case:
 
 
 def specs(quick: bool) -> list[Spec]:
-    batch = 2 if quick else 8
-    name = f"GradCAM, ResNet-50 layer4, {batch}x224x224"
-    found = [Spec(name, lambda: _resnet_case(batch), resident=not quick)]
+    found = [
+        Spec(
+            f"GradCAM, ResNet-50 layer4, {n}x224x224", partial(_resnet_case, n), resident=not quick
+        )
+        for n in ([2] if quick else [8, 32])
+    ]
     for shape in [(8, 2048, 7, 7)] if quick else [(8, 2048, 7, 7), (32, 256, 56, 56)]:
         for method in ["gradcam"] if quick else ["gradcam", "hirescam", "layercam", "gradcam++"]:
             label = f"operator {method}, {'x'.join(map(str, shape))}"

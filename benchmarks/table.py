@@ -33,8 +33,8 @@ def _groups(rows: Iterable[Row]) -> dict[tuple[str, str, int, str], list[Row]]:
 
 def report(rows: list[Row]) -> str:
     """One run in full: a block per case, thread count and allocator."""
-    layout = "{:<28} {:>8} {:>19} {:>7} {:>7} {:>6} {:>8} {:>8} {:>11} {:>11}"
-    heads = ("median", "min .. max", "x floor", "x ours", "GB/s", "faults", "kept")
+    layout = "{:<28} {:>8} {:>19} {:>7} {:>7} {:>7} {:>6} {:>8} {:>8} {:>11} {:>11}"
+    heads = ("median", "min .. max", "x floor", "paired", "x ours", "GB/s", "faults", "kept")
     lines = []
     for (_, case, threads, allocator), group in _groups(rows).items():
         lines += ["", f"{case}; {_count(threads)}, {allocator} allocator"]
@@ -44,6 +44,7 @@ def report(rows: list[Row]) -> str:
                 _time(r.median_ms),
                 f"{_time(r.min_ms)} .. {_time(r.max_ms)}",
                 f"{r.times_floor:.2f}",
+                "" if r.paired_floor is None else f"{r.paired_floor:.3f}",
                 "" if r.times_ours is None else f"{r.times_ours:.2f}",
                 "" if r.floor_gb_s is None else f"{r.floor_gb_s:.1f}",
                 f"{r.faults:.0f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import _harness, _machine, _results, table
+from benchmarks.__main__ import NAMES
 from benchmarks._harness import Case, Spec, measure, rows_of
 from benchmarks._machine import TICK, Reading, polluted
 from tests._torchvision import declare_operators
@@ -79,6 +81,7 @@ def test_medians_ratios_and_faults() -> None:
     assert (floor.times_ours, eager.times_ours) == pytest.approx((0.5, 5))
     assert ours.floor_gb_s == pytest.approx(0.5)
     assert eager.faults == pytest.approx(100, abs=1)
+    assert [r.paired_floor for r in rows] == pytest.approx([1, 10, 2])
     assert (ours.peak_bytes, ours.note, eager.peak_bytes) == (5, "exact", None)
     assert not any(r.noisy for r in rows)
 
@@ -90,7 +93,7 @@ def test_median_is_of_the_undisturbed_samples() -> None:
         {"floor": samples}, None, {}, {}, benchmark="x", case="c", threads=1, allocator="default"
     )
     assert (row.median_ms, row.min_ms, row.max_ms) == (2000, 1000, 4000)
-    assert (row.kept, row.discarded, row.noisy) == (3, 9, 0)
+    assert (row.kept, row.discarded, row.noisy, row.paired_floor) == (3, 9, 0, None)
     assert row.times_ours is None
     assert row.floor_gb_s is None
     assert clock.now == 0
@@ -341,7 +344,7 @@ def test_distance_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "dcor is not installed" in distance.pair(20, 6).notes()["ours"]
 
 
-@pytest.mark.parametrize("method", ["gradcam", "layercam", "gradcam++"])
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "layercam", "gradcam++"])
 def test_cam_operator_cases(method: str) -> None:
     from benchmarks import cam
 
@@ -369,7 +372,20 @@ def test_cam_explainers_case() -> None:
     case = cam.explainers(model, model[1], torch.rand(2, 3, 12, 12))
     for call in case.variants.values():
         call()
-    assert float(case.notes()["ours"].rsplit(" ", 1)[1]) < 1e-5
+    off = [float(x) for x in re.findall(r"at most ([\d.e+-]+)", case.notes()["ours"])]
+    assert len(off) == len(case.variants) - 2
+    assert max(off) < 1e-5
+
+
+def test_cam_component_case() -> None:
+    declare_operators()
+    pytest.importorskip("pytorch_grad_cam")
+    from benchmarks import cam
+
+    case = cam.component((2, 5, 4, 4))
+    for call in case.variants.values():
+        call()
+    assert float(re.findall(r"at most ([\d.e+-]+)", case.notes()["ours"])[0]) < 1e-5
 
 
 def test_missing_peer_is_a_skip_with_its_name() -> None:
@@ -379,9 +395,7 @@ def test_missing_peer_is_a_skip_with_its_name() -> None:
         cam._imported("no_such_module", "no-such-package")
 
 
-@pytest.mark.parametrize(
-    "name", ["kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance", "road", "step"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_specs_have_distinct_names_and_tests_that_exist(name: str) -> None:
     module = __import__(f"benchmarks.{name}", fromlist=["_"])
     for quick in (True, False):

@@ -39,7 +39,8 @@ from fastxkd.metrics.similarity import (
     paired,
     scores_of_layer,
 )
-from fastxkd.ops.pairs import Pairs, Tile, agree
+from fastxkd.ops.pairs import Pairs, Tile
+from fastxkd.ops.ring import agree
 from fastxkd.ops.stored import Features
 
 INDEX_BYTES = 1 << 26  # of permutations that one sweep serves
@@ -256,6 +257,8 @@ def permutation_test(
         raise TypeError(f"permutations: expected an int, got {type(permutations).__name__}")
     if permutations < 1:
         raise ValueError(f"permutations: expected at least 1, got {permutations}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a Generator, got {type(generator).__name__}")
     features, names = _operands(x, y, given, unbiased, group)
     pairs = Pairs(features, names, group)
     products, row_sums = pairs.sums()
