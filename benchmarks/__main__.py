@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance", "road", "step")
+NAMES = (
+    *("kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance", "road", "step"),
+    *("monitor", "explain"),
+)
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):

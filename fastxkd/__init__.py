@@ -1,5 +1,6 @@
 """Explainable knowledge distillation at kernel speed."""
 
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -116,6 +117,7 @@ if _TYPE_CHECKING:
         RandomisationCheck,
         RelevanceScore,
     )
+    from fastxkd.train.monitor import ExplanationMonitor
 
 __all__ = [
     "ADCC",
@@ -140,6 +142,7 @@ __all__ = [
     "EnergyPointingGame",
     "Estimate",
     "ExplanationAgreement",
+    "ExplanationMonitor",
     "FeatureSimilarityScore",
     "FinerCAM",
     "FitNetLoss",
@@ -227,6 +230,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
+    if name == "runs":
+        return _import_module("fastxkd.runs")
+    if name == "ExplanationMonitor":
+        return _import_module("fastxkd.train.monitor").ExplanationMonitor
     if name in __all__:  # a torchmetrics class, which metrics imports when it is asked for
         return getattr(metrics, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from fastxkd._version import __version__
-from fastxkd.cli import EXIT_CODES, SKIPPED_IMAGES
+from fastxkd.cli import EXIT_CODES, SKIPPED_IMAGES, USER_ERROR
 
 if TYPE_CHECKING:
     from fastxkd.runs.comparison import Comparison
@@ -30,6 +31,16 @@ MODEL_HELP = (
 )
 WEIGHTS_HELP = "Weights of it: .safetensors, or .pth/.pt holding a state_dict."
 DATA_HELP = "builtin, fashion-mnist[:ROOT] or imagefolder:ROOT."
+SOURCE_HELP = (
+    "builtin, fashion-mnist[:ROOT], imagefolder:ROOT, webdataset:SHARDS (train-{000..012}.tar), "
+    "hf:PATH, torchvision:NAME:ROOT, package.module:factory or file.py:factory; #PART at the end "
+    "where the data has parts."
+)
+EXPLAIN_CODES = (
+    "Exit status: 0 done (under torchrun also where images failed); 2 something asked for cannot "
+    "be done (one line says what), or --verify found damage; 3 done, but some images failed "
+    "(listed in errors.jsonl); 130 or 143 interrupted, the same command resumes."
+)
 
 Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 Out = Annotated[Path, typer.Option("--out", help="Folder for results; new, or a run to resume.")]
@@ -281,6 +292,154 @@ def compare(
     return _conclude(console, comparison, plan.out)
 
 
+@app.command(epilog=EXPLAIN_CODES)
+def explain(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for results; new, or a run to resume.")
+    ],
+    model: Annotated[Optional[str], typer.Option(help=MODEL_HELP)] = None,  # noqa: UP045
+    data: Annotated[Optional[str], typer.Option(help=SOURCE_HELP)] = None,  # noqa: UP045
+    weights: Annotated[Optional[Path], typer.Option(help=WEIGHTS_HELP)] = None,  # noqa: UP045
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma separated: gradcam, gradcam++, xgradcam, hirescam, layercam, elementwise, "
+            "eigengradcam, eigencam (together hardly more than one of them), cam, finercam, "
+            "scorecam, ablationcam, unicam."
+        ),
+    ] = "gradcam",
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Comma separated, each with maps of its own. Default: the last stage."),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="The class that is explained: predicted, label, or a number.")
+    ] = "predicted",
+    size: Annotated[
+        str, typer.Option(help="Of the maps: layer (as small as the layer's), input, or HxW.")
+    ] = "layer",
+    dtype: Annotated[
+        str, typer.Option(help="Of the maps: float16, float32, or uint8 ([0, 1] in 255 steps).")
+    ] = "float16",
+    normalize: Annotated[
+        bool, typer.Option(help="Each map scaled to [0, 1]; magnitudes need --dtype float32.")
+    ] = True,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="unicam: the model trained without the teacher, or any other."),
+    ] = None,
+    base_weights: Annotated[Optional[Path], typer.Option(help=WEIGHTS_HELP)] = None,  # noqa: UP045
+    base_layers: Annotated[
+        Optional[str], typer.Option(help="unicam: layers of the base, if named differently.")  # noqa: UP045
+    ] = None,
+    class_embeddings: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="unicam: .npy or .safetensors with one row per class."),
+    ] = None,
+    reference: Annotated[
+        int, typer.Option(help="unicam: images that every image is explained against.")
+    ] = 128,
+    num_classes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Outputs of the models where they are not the classes of the data."),
+    ] = None,
+    class_names: Annotated[
+        Optional[Path], typer.Option(help="Text file naming those outputs, one a line.")  # noqa: UP045
+    ] = None,
+    image_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Side in pixels. Default: 28 for Fashion-MNIST, 224 for files."),
+    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    chunk: Annotated[
+        int, typer.Option(help="Images that are written together, and done or not done as one.")
+    ] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images per pass; lies within a chunk.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
+    device: Device = "auto",
+    gallery: Gallery = 12,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compute nothing: read --out again and check it.")
+    ] = False,
+    export: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Compute nothing: write the maps of --out as npz or png to --to, png with --data "
+            "over the images."
+        ),
+    ] = None,
+    to: Annotated[
+        Optional[Path], typer.Option(help="New folder for --export. Default: OUT-npz, OUT-png.")  # noqa: UP045
+    ] = None,
+) -> int:
+    """Explain every image of a data set.
+
+    --out receives maps (Zarr), scores of each image (Parquet), run.json, errors.jsonl and
+    report.html. The same command after an interruption of any kind goes on where it stopped. On
+    several processes or machines: torchrun --nproc-per-node N -m fastxkd explain ...
+    """
+    if verify or export is not None:
+        if verify and export is not None:
+            raise ValueError("verify: expected --verify or --export, got both")
+        if model is not None or (data is not None and export != "png"):
+            raise ValueError(
+                f"{'verify' if verify else 'export'}: reads a run that is there; leave out --model "
+                "and --data (which --export png can lay maps over)"
+            )
+        return _verify(out) if export is None else _export(out, export, to, data)
+    if to is not None:
+        raise ValueError("to: given without --export")
+    if model is None or data is None:
+        raise ValueError(f"{'model' if model is None else 'data'}: expected one, got none")
+    from fastxkd.runs.explain import explain as run_explain
+    from fastxkd.runs.progress import shown_progress
+    from fastxkd.runs.ranks import started_by_torchrun
+
+    names = None if class_names is None else class_names.read_text("utf-8").splitlines()
+    with shown_progress(_console()) as progress:
+        summary = run_explain(
+            model,
+            data,
+            out,
+            methods=_names(methods) or [],
+            layers=_names(layers),
+            targets=_target(targets),  # type: ignore[arg-type]
+            size=_size(size),
+            dtype=dtype,  # type: ignore[arg-type]
+            normalize="minmax" if normalize else None,
+            base=base,
+            base_layers=_names(base_layers),
+            class_embeddings=class_embeddings,
+            reference=reference,
+            weights=weights,
+            base_weights=base_weights,
+            num_classes=num_classes,
+            class_names=names,
+            image_size=image_size,
+            mean=_numbers("mean", mean),
+            std=_numbers("std", std),
+            chunk=chunk,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            gallery=gallery,
+            progress=progress.images,
+        )
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    typer.echo(f"report: {(out / 'report.html').resolve()}")
+    if not summary.failed:
+        return 0
+    typer.echo(
+        f"{summary.failed:,} of {summary.images:,} images failed, see "
+        f"{(out / 'errors.jsonl').resolve()}",
+        err=True,
+    )
+    # torchrun takes every status but 0 for a death, and would start the ranks again.
+    return 0 if started_by_torchrun() else SKIPPED_IMAGES
+
+
 @app.command(epilog=EXIT_CODES)
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo"),
@@ -329,6 +488,46 @@ def _distill(plan: Any) -> int:
     with shown_progress(console) as progress:
         comparison = run_distill(plan, progress)
     return _conclude(console, comparison, plan.out)
+
+
+def _verify(out: Path) -> int:
+    from fastxkd.runs.verify import verify
+
+    problems = verify(out)
+    for problem in problems:
+        typer.echo(f"{problem}", err=True)
+    if problems:
+        typer.echo(
+            f"{len(problems)} problem(s) in {out}; remove the damaged files, and the command that "
+            "made them makes them again",
+            err=True,
+        )
+        return USER_ERROR
+    typer.echo(f"{out}: every file is what it was when it was written")
+    return 0
+
+
+def _export(out: Path, format: str, to: Path | None, data: str | None) -> int:
+    from fastxkd.runs.export import export
+    from fastxkd.runs.reader import open as open_run
+    from fastxkd.runs.sources import open_source
+
+    images = None
+    if data is not None:
+        described = open_run(out).settings["data"]
+        options = {}
+        if described["mean"] is not None:
+            options = {"image_size": described["shape"][-1], "channels": described["shape"][0]}
+        images = open_source(data, **options)
+        if len(images) != described["images"]:
+            raise ValueError(
+                f"data: the run is of {described['images']:,} images of {described['data']}, "
+                f"{data} has {len(images):,}"
+            )
+    to = out.with_name(f"{out.resolve().name}-{format}") if to is None else to
+    export(out, to, format, images=images)  # type: ignore[arg-type]
+    typer.echo(f"exported: {to.resolve()}")
+    return 0
 
 
 def _conclude(console: Any, comparison: Comparison, out: Path) -> int:
@@ -424,3 +623,20 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option}: expected numbers with commas, got {text!r}") from None
+
+
+def _target(text: str) -> str | int:
+    if text in ("predicted", "label"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise ValueError(f"targets: expected predicted, label or a class's number, got {text!r}")
+
+
+def _size(text: str) -> tuple[int, int] | str | None:
+    if text in ("layer", "input"):
+        return None if text == "layer" else text
+    height, _, width = text.partition("x")
+    if height.isdecimal() and width.isdecimal():
+        return int(height), int(width)
+    raise ValueError(f"size: expected layer, input or HxW, such as 56x56, got {text!r}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import _harness, _machine, _results, table
+from benchmarks.__main__ import NAMES
 from benchmarks._harness import Case, Spec, measure, rows_of
 from benchmarks._machine import TICK, Reading, polluted
 from tests._torchvision import declare_operators
@@ -394,9 +395,7 @@ def test_missing_peer_is_a_skip_with_its_name() -> None:
         cam._imported("no_such_module", "no-such-package")
 
 
-@pytest.mark.parametrize(
-    "name", ["kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance", "road", "step"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_specs_have_distinct_names_and_tests_that_exist(name: str) -> None:
     module = __import__(f"benchmarks.{name}", fromlist=["_"])
     for quick in (True, False):

@@ -20,7 +20,7 @@ from fastxkd.runs.data import (
     augment,
     load_data,
 )
-from fastxkd.runs.folders import read_image
+from fastxkd.runs.pictures import read_image
 from tests.conftest import needs
 
 

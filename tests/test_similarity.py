@@ -212,8 +212,8 @@ def test_batch_mode_leaves_a_single_class_out(embedded: bool) -> None:
 def test_options_that_do_not_fit_together() -> None:
     with pytest.raises(ValueError, match="mode: expected one of dataset, batch, got 'epoch'"):
         FSS("epoch")
-    with pytest.raises(ValueError, match="gather: False is for mode='dataset'"):
-        RS("batch", gather=False)
+    with pytest.raises(ValueError, match="gather: True is for mode='dataset'"):
+        RS("batch", gather=True)
 
 
 @pytest.mark.parametrize("mode", ["dataset", "batch"])

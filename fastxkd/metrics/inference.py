@@ -41,7 +41,8 @@ from fastxkd.metrics.similarity import (
     scores_of_layer,
 )
 from fastxkd.ops._checks import check_factors, check_flags
-from fastxkd.ops.pairs import Pairs, Tile, agree
+from fastxkd.ops.pairs import Pairs, Tile
+from fastxkd.ops.ring import agree
 from fastxkd.ops.stored import Features
 
 INDEX_BYTES = 1 << 26  # of permutations that one sweep serves

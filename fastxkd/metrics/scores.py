@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,11 +20,25 @@ from fastxkd.metrics.similarity import (
     check_targets,
     inner_products,
     label_embeddings,
+    label_rows,
     normalized_rows,
 )
 from fastxkd.ops._checks import check_flags, check_float
+from fastxkd.ops.ring import agree
+from fastxkd.ops.stored import Features, Pieces
 
 MODES = ("dataset", "batch")
+
+
+class _Kind(NamedTuple):
+    """What one row of a column is."""
+
+    row: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [n, {', '.join(map(str, self.row))}] on {self.device}"
 
 
 class _Similarity(Metric):
@@ -43,7 +58,7 @@ class _Similarity(Metric):
         mode: str = "dataset",
         *,
         projection: RandomProjection | int | None = None,
-        gather: bool = True,
+        gather: bool = False,
         **kwargs: Any,
     ) -> None:
         if mode not in MODES:
@@ -57,16 +72,15 @@ class _Similarity(Metric):
             if projection < 1:
                 raise ValueError(f"projection: expected a width of at least 1, got {projection}")
             projection = RandomProjection(projection)
-        if not gather:
-            if mode == "batch":
-                raise ValueError("gather: False is for mode='dataset'; batches leave no features")
-            if kwargs.get("dist_sync_fn") is not None:
-                raise ValueError("dist_sync_fn: expected none with gather=False")
-            kwargs["dist_sync_fn"] = _own
+        if gather and mode == "batch":
+            raise ValueError("gather: True is for mode='dataset'; batches leave no features")
+        if mode == "dataset" and not gather and kwargs.get("dist_sync_fn") is not None:
+            raise ValueError("dist_sync_fn: expected none without gather=True")
         super().__init__(**kwargs)
         self.mode = mode
         self.projection = projection
         self.gather = gather
+        self._stays = mode == "dataset" and not gather  # features, where they are
         if mode == "batch":
             for name in ("total", "squares"):
                 self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -79,21 +93,22 @@ class _Similarity(Metric):
         self.add_state("apart", torch.tensor(torch.nan), dist_reduce_fx="sum")
         self._rows: dict[str, str] = {}  # what the first update had
 
-    def _embedded(self, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def _embedded(self, y: Features, group: dist.ProcessGroup | None) -> Features:
         return y
 
     def _score(
         self,
-        x: Tensor,
-        y: Tensor,
-        given: Tensor | None = None,
+        x: Features,
+        y: Features,
+        given: Features | None = None,
         *,
         group: dist.ProcessGroup | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, torch.dtype]:
         matrices = [x, self._embedded(y, group), *([] if given is None else [given])]
         names = self.columns[: len(matrices)]
         found = inner_products(matrices, names, unbiased=self.unbiased, group=group)
-        return found.correlation(0, 1) if given is None else found.semi_partial(0, 2, 1)
+        score = found.correlation(0, 1) if given is None else found.semi_partial(0, 2, 1)
+        return score, found.dtype
 
     def _narrow(self, features: Tensor, name: str) -> Tensor:
         if self.projection is None:
@@ -115,7 +130,8 @@ class _Similarity(Metric):
         elif self._one_class(*columns):
             self._leave_out("a batch of a single class was left out: it cannot tell relevance")
         else:
-            score = self._score(*(c.detach() for c in columns)).double()
+            score, _ = self._score(*(c.detach() for c in columns))
+            score = score.double()
             # Not in place: states made under inference_mode may not be written to outside.
             self.total = self.total + score
             self.squares = self.squares + score.square()
@@ -186,41 +202,90 @@ class _Similarity(Metric):
     def _has_score(self) -> bool:
         if self.mode == "batch":
             return bool(self.batches)
-        columns = self._seen()
+        columns = cast("list[Tensor]", self._seen())  # of one process: whole tensors
         return columns[0].shape[0] >= 4 and not self._one_class(*columns)
 
     def _leave_out(self, why: str) -> None:
         # Past _take, update and what torchmetrics puts around it.
         warnings.warn(f"{type(self).__name__}: {why}", stacklevel=5)
 
-    def _seen(self) -> list[Tensor]:
-        kept = [getattr(self, name) for name in self.columns]
-        kept = [dim_zero_cat(column) for column in kept if not _empty(column)]
-        if not kept:
+    def _seen(self) -> list[Features]:
+        """What ``update`` kept; a process of several that has none has no rows of it."""
+        columns = {name: getattr(self, name) for name in self.columns}
+        columns = {name: column for name, column in columns.items() if not _empty(column)}
+        group = self._group
+        if group is None:
+            if not columns:
+                raise ValueError(f"{type(self).__name__}: compute() before any update()")
+            return [dim_zero_cat(column) for column in columns.values()]
+
+        mine: list[Pieces] = []
+
+        def kinds() -> list[_Kind]:
+            mine.extend(Pieces(column, name) for name, column in columns.items())
+            return [_Kind(tuple(p.shape[1:]), p.dtype, p.device.type) for p in mine]
+
+        everyone = agree(kinds, group)
+        first = next((rank for rank, found in enumerate(everyone) if found), None)
+        if first is None:
             raise ValueError(f"{type(self).__name__}: compute() before any update()")
-        return kept
+        for rank, found in enumerate(everyone):
+            if found and found != everyone[first]:
+                raise ValueError(
+                    f"{', '.join(self.columns[: len(found)])}: expected the same in every process,"
+                    f" got {', '.join(map(str, everyone[first]))} on rank {first}"
+                    f" and {', '.join(map(str, found))} on rank {rank}"
+                )
+        for kind in everyone[first] if not mine else ():
+            mine.append(Pieces([torch.empty(0, *kind.row, dtype=kind.dtype, device=kind.device)]))
+        return [p if p.dtype.is_floating_point else p[:] for p in mine]
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
         """The processes to ask for their rows, now that a score of all is asked for."""
-        if self.gather or not self._is_synced:
+        if not self._stays or not self._is_synced:
             return None
         return self.process_group or dist.group.WORLD
 
-    def _synced(self) -> AbstractContextManager[None]:
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        if not self._stays:
+            super()._sync_dist(*args, **kwargs)
+
+    def _copy_state_dict(self) -> dict[str, Any]:
+        if not self._stays:
+            return super()._copy_state_dict()
+        return {name: list(getattr(self, name)) for name in self.columns}
+
+    @contextmanager
+    def _alone_again(self) -> Iterator[None]:
+        """torchmetrics leaves a metric whose ``compute`` fails as it was among others: no update
+        would be taken any more."""
+        try:
+            yield
+        except Exception:
+            if self._is_synced:
+                self.unsync()
+            raise
+
+    @contextmanager
+    def _synced(self) -> Iterator[None]:
         """As torchmetrics does around ``compute``."""
-        return self.sync_context(
+        context = self.sync_context(
             dist_sync_fn=self.dist_sync_fn,
             should_sync=self._to_sync,
             should_unsync=self._should_unsync,
         )
+        with context, self._alone_again():
+            yield
 
     def compute(self) -> Tensor:
         if self.mode == "batch":
             if not self.batches:
                 raise ValueError(f"{type(self).__name__}: no batch with a score was seen")
             return (self.total / self.batches).float()
-        return self._score(*self._seen(), group=self._group).float()
+        with self._alone_again():
+            score, dtype = self._score(*self._seen(), group=self._group)
+        return score.to(dtype)
 
     def standard_error(self) -> Tensor:
         """Of ``compute()``, by the jackknife: over samples (dataset) or batches (batch).
@@ -234,7 +299,7 @@ class _Similarity(Metric):
         with self._synced():
             if self.mode == "dataset":
                 found = jackknife(**self._operands(), unbiased=self.unbiased)
-                return found.standard_error.float()
+                return found.standard_error
             n = self.batches
             if n < 2:
                 raise ValueError(
@@ -272,13 +337,8 @@ class _Similarity(Metric):
 
 
 def _empty(column: Any) -> bool:
-    # A column never used is an empty list; torchmetrics makes an empty tensor of it in a group.
+    # Never used, it is an empty list; torchmetrics gathers an empty tensor of that.
     return len(column) == 0
-
-
-def _own(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """Instead of gathering: what this process has."""
-    return [tensor]
 
 
 class FeatureSimilarityScore(_Similarity):
@@ -299,12 +359,15 @@ class FeatureSimilarityScore(_Similarity):
             does; off by default, so that FSS and RS speak of the same distances.
         projection: a width or :class:`~fastxkd.metrics.RandomProjection`: keep that many values a
             sample, for very wide features. Its docstring says what error that may bring.
-        gather: whether, among several processes, ``compute`` copies all features to each of them,
-            or (False) leaves them where they are and lets tiles of them travel in a ring. Then
-            every process needs at least one sample. ``mode="dataset"`` only.
+        gather: Among several processes (``torch.distributed``) features stay where they are, and
+            tiles of them travel in a ring: all processes call ``compute``, also those without a
+            sample, and all get the score of all samples; what fails in one is raised in all. With
+            True they are copied to each of them instead, as torchmetrics does.
+            ``mode="dataset"`` only.
         kwargs: of :class:`torchmetrics.Metric`.
 
-    ``update(student, base)`` takes ``[n, ...]`` features of the same samples.
+    ``update(student, base)`` takes ``[n, ...]`` features of the same samples. ``compute()`` is
+    float64 for float64 features in ``mode="dataset"``, else float32.
 
     >>> import torch
     >>> metric = FeatureSimilarityScore()
@@ -323,7 +386,7 @@ class FeatureSimilarityScore(_Similarity):
         unbiased: bool = False,
         normalize_rows: bool = False,
         projection: RandomProjection | int | None = None,
-        gather: bool = True,
+        gather: bool = False,
         **kwargs: Any,
     ) -> None:
         check_flags(unbiased=unbiased, normalize_rows=normalize_rows, gather=gather)
@@ -373,7 +436,7 @@ class RelevanceScore(_Similarity):
         *,
         unbiased: bool = True,
         projection: RandomProjection | int | None = None,
-        gather: bool = True,
+        gather: bool = False,
         **kwargs: Any,
     ) -> None:
         check_flags(unbiased=unbiased, gather=gather)
@@ -396,8 +459,10 @@ class RelevanceScore(_Similarity):
         self._take(narrow, targets, *partial)
         self._rows, self._partial = rows, given is not None
 
-    def _embedded(self, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        return label_embeddings(y, group=group)
+    def _embedded(self, y: Features, group: dist.ProcessGroup | None) -> Features:
+        if not isinstance(y, Tensor):
+            return y  # embeddings, in pieces
+        return label_embeddings(y) if group is None else label_rows(y, group=group)
 
     def _one_class(self, *columns: Tensor) -> bool:
         targets = columns[1]

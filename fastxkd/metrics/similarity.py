@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastxkd.ops.distance import distance_sums
-from fastxkd.ops.pairs import Pairs, agree
-from fastxkd.ops.stored import Features
+from fastxkd.ops.pairs import Pairs
+from fastxkd.ops.ring import agree
+from fastxkd.ops.stored import Features, OneHot
 
 
 class InnerProducts(NamedTuple):
@@ -213,6 +214,14 @@ def label_embeddings(
     Classes are numbered by those present: distances between one-hot vectors do not depend on how
     many classes there are beside them. With ``group``, by those present in any process.
     """
+    found = label_rows(targets, name=name, group=group)
+    return found if isinstance(found, Tensor) else found[:]
+
+
+def label_rows(
+    targets: Tensor, *, name: str = "targets", group: dist.ProcessGroup | None = None
+) -> Tensor | OneHot:
+    """:func:`label_embeddings`, of which only the rows that are read are made."""
 
     def classes() -> list[int] | None:
         check_targets(targets, name)
@@ -227,10 +236,10 @@ def label_embeddings(
         return targets
     if group is None:
         present, index = targets.unique(return_inverse=True)
-        return F.one_hot(index, len(present)).float()
+        return OneHot(index, len(present))
     joint = torch.tensor(sorted({c for some in everyone for c in some or []}), dtype=targets.dtype)
     index = torch.searchsorted(joint.to(targets.device), targets.contiguous())
-    return F.one_hot(index, len(joint)).float()
+    return OneHot(index, len(joint))
 
 
 def check_targets(targets: Any, name: str) -> None:
@@ -289,7 +298,9 @@ def layer_scores(
     sides = paired(student, base, teacher)
     features = [f for side in sides.values() for f in side.values()]
     names = [f"{name}[{layer!r}]" for name, side in sides.items() for layer in side]
-    features.append(label_embeddings(targets, group=group))
+    features.append(
+        label_embeddings(targets) if group is None else label_rows(targets, group=group)
+    )
     found = sums(features, [*names, "targets"], group)
     biased, unbiased = (centre(*found, unbiased=flag) for flag in (False, True))
     count, labels = len(student), len(features) - 1
@@ -313,6 +324,8 @@ def paired(
     """The models by name, all of as many layers."""
     sides = {"student": student, "base": base} | ({} if teacher is None else {"teacher": teacher})
     for name, side in sides.items():
+        if not isinstance(side, Mapping):
+            raise TypeError(f"{name}: expected features by layer name, got {type(side).__name__}")
         if len(side) != len(student):
             raise ValueError(
                 f"{name}: expected {len(student)} layers to pair with the student's,"

@@ -2,16 +2,16 @@
 
 A panel of rows is held, centred; columns pass by it, a tile at a time. Features in memory are
 looked at where they lie, others are read (``ops.stored``) or, between processes, handed on in a
-ring: every process holds panels of its own rows, sends the tile it has to the next one and takes
-the previous one's. Half a round shows every pair to one of the two processes that own it. Memory
-is panels and tiles, whatever the number of rows; the features are read once per panel.
+ring (``ops.ring``): every process holds panels of its own rows while the others' tiles come by.
+Memory is panels and tiles, whatever the number of rows; the features are read once per panel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from math import prod
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch import Tensor
 from fastxkd.ops import _distance_gpu as gpu
 from fastxkd.ops._library import serve
 from fastxkd.ops._tiles import run_grams, run_tile
+from fastxkd.ops.ring import Lost, Ring, Turn, agree
 from fastxkd.ops.stored import Features, Rows
 
 TILE = 512
@@ -27,8 +28,6 @@ TILE = 512
 STRIP_ELEMENTS = 1 << 22
 PANEL_BYTES = 1 << 26
 SAMPLE = 512  # rows that tell a mean well enough
-
-Part = TypeVar("Part")
 
 
 class Tile(NamedTuple):
@@ -55,7 +54,7 @@ class Pairs:
             make this object and go through every walk together.
 
     Raises:
-        TypeError, ValueError: in every process of the group, if in one.
+        TypeError, ValueError, RuntimeError: in every process of the group, if in one.
     """
 
     def __init__(
@@ -64,29 +63,26 @@ class Pairs:
         names: Sequence[str],
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.group = group
-        self.world = 1 if group is None else dist.get_world_size(group)
-        self.rank = 0 if group is None else dist.get_rank(group)
+        self.group, self.ring = group, Ring(group)
+        self.rank = self.ring.rank
         self.sources: list[Rows] = []
         self.counts = self._counts(features, names)
         self.own, self.n = self.counts[self.rank], sum(self.counts)
-        self.starts = [sum(self.counts[:r]) for r in range(self.world)]
+        self.starts = [sum(self.counts[:r]) for r in range(self.ring.world)]
         self.device = self.sources[0].device
-        wide = any(s.dtype == torch.float64 for s in self.sources)
-        self.dtype = torch.float64 if wide else torch.float32
-        self._backend = serve("distance", torch.empty(0, dtype=self.dtype, device=self.device))
         widths = [s.width for s in self.sources]
         self.tile, held = max(32, min(TILE, STRIP_ELEMENTS // sum(widths))), PANEL_BYTES
         if self._backend in ("cuda", "triton"):
             self.tile, held = gpu.tile_rows(widths, self.dtype), gpu.PANEL_BYTES
         held //= sum(widths) * self.dtype.itemsize
-        self.panel = self.tile * max(1, min(held, max(self.counts)) // self.tile)
+        most = -(-max(self.counts) // self.tile)
+        self.panel = self.tile * max(1, min(held // self.tile, most))
         self._flat = [s.flat for s in self.sources if s.flat is not None]
-        self._means = [self._mean(source) for source in self.sources]
+        self._means = self._centres()
         self._shifts = torch.zeros(len(self.sources), dtype=torch.float64, device=self.device)
 
     def _counts(self, features: Sequence[Features], names: Sequence[str]) -> list[int]:
-        def mine() -> tuple[int, list[tuple[int, torch.dtype]]]:
+        def mine() -> tuple[int, list[tuple[int, torch.dtype]], str]:
             self.sources = [Rows(f, name) for f, name in zip(features, names, strict=True)]
             for source in self.sources:
                 if source.n != self.sources[0].n:
@@ -99,11 +95,15 @@ class Pairs:
                         f"{source.name}: expected the device of {names[0]},"
                         f" {self.sources[0].device}, got {source.device}"
                     )
-            return self.sources[0].n, [(s.width, s.dtype) for s in self.sources]
+            wide = any(s.dtype == torch.float64 for s in self.sources)
+            self.dtype = torch.float64 if wide else torch.float32
+            like = torch.empty(0, dtype=self.dtype, device=self.sources[0].device)
+            self._backend = serve("distance", like)
+            return self.sources[0].n, [(s.width, s.dtype) for s in self.sources], self._backend
 
         everyone = agree(mine, self.group)
-        first = everyone[0][1]
-        for rank, (_, kinds) in enumerate(everyone):
+        _, first, backend = everyone[0]
+        for rank, (_, kinds, other_backend) in enumerate(everyone):
             if len(kinds) != len(first):
                 raise ValueError(
                     f"{names[0]}: expected {len(first)} features as on rank 0,"
@@ -115,18 +115,32 @@ class Pairs:
                         f"{name}: expected {other[0]} values a row of {other[1]} as on rank 0,"
                         f" got {kind[0]} of {kind[1]} on rank {rank}"
                     )
-        counts = [count for count, _ in everyone]
+            if other_backend != backend:  # they would cut other tiles
+                raise ValueError(
+                    f"{names[0]}: expected the backend of rank 0, {backend},"
+                    f" got {other_backend} on rank {rank}"
+                )
+        counts = [count for count, *_ in everyone]
         if sum(counts) < 4:
             raise ValueError(
                 f"{names[0]}: expected at least 4 rows for a U-centred statistic, got {sum(counts)}"
             )
         return counts
 
-    def _mean(self, source: Rows) -> Tensor:
-        """Of some rows: distances do not see a shift, and any that makes numbers small serves the
-        digits of a Gram product."""
+    def _centres(self) -> list[Tensor]:
+        """Means of some rows: distances do not see a shift, and any that makes numbers small
+        serves the digits of a Gram product."""
         if self.group is None and self.own <= self.tile:
-            return source.read(slice(0, self.own)).mean(0, dtype=self.dtype)
+            return [s.read(slice(0, self.own)).mean(0, dtype=self.dtype) for s in self.sources]
+        totals: list[Tensor] = []
+        with self.ring.until_met():
+            totals += [self._sampled(source) for source in self.sources]
+        self.ring.settle()
+        self.reduce(*totals)
+        return [total[:-1] / total[-1] for total in totals]
+
+    def _sampled(self, source: Rows) -> Tensor:
+        """Sums over some rows, and how many they are."""
         parts = 1 if self.own <= SAMPLE else 8
         step = max(1, -(-self.own // parts))
         length = min(step, SAMPLE // parts)
@@ -136,14 +150,11 @@ class Pairs:
                 x = source.read(slice(begin, min(begin + self.tile, i + length, self.own)))
                 total[:-1] += x.sum(0, dtype=self.dtype)
                 total[-1] += x.shape[0]
-        self.reduce(total)
-        return total[:-1] / total[-1]
+        return total
 
     def reduce(self, *totals: Tensor) -> None:
         """Add up, in place, what every process has taken from its share of the tiles."""
-        if self.group is not None:
-            for total in totals:
-                dist.all_reduce(total, group=self.group)
+        self.ring.reduce(*totals)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """``(products [K, K], row_sums [K, n])``, as ``ops.distance.distance_sums``."""
@@ -200,16 +211,23 @@ class Pairs:
         return torch.sub(x.to(self.dtype), off, out=out)
 
     def _walk(self, products: Tensor | None, row_sums: Tensor | None) -> Iterator[Tile]:
-        space = _Space(self, sums=row_sums is not None)
+        space: _Space | None = None
+        norms: Tensor | None = None
         for begin in range(0, max(self.counts), self.panel):
-            yield from self._past(begin, space, products, row_sums)
+            held = max(0, min(self.panel, self.own - begin))
+            with self.ring.until_met():
+                space = space or _Space(self, sums=row_sums is not None)
+                norms = self._hold(begin, held, space)
+            self.ring.settle()
+            assert space is not None
+            assert norms is not None
+            if begin == 0 and products is not None and self._kernel:
+                self._shifts = self._typical(norms)
+            yield from self._past(begin, held, space, norms, products, row_sums)
+        self.ring.settle()
 
-    def _past(
-        self, begin: int, space: _Space, products: Tensor | None, row_sums: Tensor | None
-    ) -> Iterator[Tile]:
-        """Every column tile passes by the panel that starts at ``begin`` of the own rows."""
-        held = max(0, min(self.panel, self.own - begin))
-        mine, kernel = self.starts[self.rank], self._kernel
+    def _hold(self, begin: int, held: int, space: _Space) -> Tensor:
+        """Read the panel; its squared norms."""
         for i in range(0, held, self.tile):
             j = min(i + self.tile, held)
             for k, source in enumerate(self.sources):
@@ -217,15 +235,58 @@ class Pairs:
                 if space.raw is not None:
                     space.raw[k][i:j] = x
                 self._centred(x, k, space.left[k][i:j])
+        return _norms([x[:held] for x in space.left])
+
+    def _past(
+        self,
+        begin: int,
+        held: int,
+        space: _Space,
+        norms: Tensor,
+        products: Tensor | None,
+        row_sums: Tensor | None,
+    ) -> Iterator[Tile]:
+        """Every column tile passes by the panel that starts at ``begin`` of the own rows.
+
+        Whatever goes wrong here or in what is done with a tile, the others' tiles are handed on.
+        """
+        passing = self._passing(begin, held)
+        try:
+            yield from self._meet(passing, begin, held, space, norms, products, row_sums)
+        except Lost:
+            raise
+        except GeneratorExit:
+            if self.group is not None:
+                with suppress(RuntimeError):  # what stopped the walk is on its way already
+                    self.ring.failed(RuntimeError("stopped before all pairs were seen"))
+                    for _ in passing:
+                        pass
+                    self.ring.settle()
+            raise
+        except Exception as error:
+            self.ring.failed(error)
+            for _ in passing:
+                pass
+
+    def _meet(
+        self,
+        passing: Iterator[tuple[int, Turn]],
+        begin: int,
+        held: int,
+        space: _Space,
+        norms: Tensor,
+        products: Tensor | None,
+        row_sums: Tensor | None,
+    ) -> Iterator[Tile]:
+        mine, kernel = self.starts[self.rank], self._kernel
         left = [x[:held] for x in space.left]
-        norms = _norms(left)
-        if begin == 0 and products is not None and kernel:
-            self._shifts = self._typical(norms)
         if space.raw is None:
             raw, into, first = self._flat, row_sums, begin
         else:
             raw, into, first = space.raw, space.row_sums, 0
-        for start, offset, size, tile in self._passing(begin, held):
+        for offset, (owner, tile, parity) in passing:
+            start = self.starts[owner]
+            size = max(0, min(self.tile, self.counts[owner] - offset))
             if not held or not size:
                 continue
             cols = slice(start + offset, start + offset + size)
@@ -245,6 +306,8 @@ class Pairs:
             for i in range(0, held, self.tile):
                 if start == mine and begin + i > offset:
                     break  # its mirror image is in the upper triangle
+                if parity is not None and (begin + i + offset) // self.tile % 2 != parity:
+                    continue  # the owner of the columns has it in its own walk
                 j = min(i + self.tile, held)
                 rows = slice(mine + begin + i, mine + begin + j)
                 some = [x[i:j] for x in left]
@@ -280,44 +343,27 @@ class Pairs:
         self.reduce(total)
         return (2 * total[:-1] / total[-1]).sqrt().double()
 
-    def _passing(self, begin: int, held: int) -> Iterator[tuple[int, int, int, list[Tensor]]]:
-        """Column tiles: the first row of their owner, their own offset in it, how many rows, and
-        the rows, which one process alone need not read again while it holds them."""
-        first = begin if self.world == 1 else 0
-        for offset in range(first, max(self.counts), self.tile):
+    def _passing(self, begin: int, held: int) -> Iterator[tuple[int, Turn]]:
+        """Column tiles, and where they begin in the rows of their owner. One process alone does
+        not read those again that it holds."""
+        alone = self.ring.world == 1
+        for offset in range(begin if alone else 0, max(self.counts), self.tile):
             sizes = [max(0, min(self.tile, count - offset)) for count in self.counts]
-            size = sizes[self.rank]
             tile: list[Tensor] = []
-            if self.world > 1 or offset >= begin + held:
-                tile = [s.read(slice(offset, offset + size)) for s in self.sources]
-            for step in range(self.world // 2 + 1):
-                owner = (self.rank - step) % self.world
-                if step:
-                    tile = self._hand_on(tile, sizes[owner])
-                # Half way round an even ring two processes meet each other's tiles.
-                if step and 2 * step == self.world and self.rank > owner:
-                    continue
-                yield self.starts[owner], offset, sizes[owner], tile
+            if not alone or offset >= begin + held:
+                tile = self._read(offset, sizes[self.rank])
+            for turn in self.ring.turns(tile, sizes):
+                yield offset, turn
 
-    def _hand_on(self, tile: list[Tensor], size: int) -> list[Tensor]:
-        """Send the tile to the next process, take the previous one's, which has ``size`` rows."""
-        assert self.group is not None
-        taken = [x.new_empty(size, x.shape[1]) for x in tile]
-        after, before = (
-            dist.get_global_rank(self.group, (self.rank + way) % self.world) for way in (1, -1)
-        )
-        work = []
-        for mine, theirs in zip(tile, taken, strict=True):
-            # As bytes: not every backend knows every dtype.
-            if mine.numel():
-                sent = mine.contiguous().view(torch.uint8)
-                work.append(dist.P2POp(dist.isend, sent, after, self.group))
-            if theirs.numel():
-                received = theirs.view(torch.uint8)
-                work.append(dist.P2POp(dist.irecv, received, before, self.group))
-        for request in dist.batch_isend_irecv(work) if work else ():
-            request.wait()
-        return taken
+    def _read(self, offset: int, size: int) -> list[Tensor]:
+        try:
+            return [s.read(slice(offset, offset + size)) for s in self.sources]
+        except Exception as error:
+            self.ring.failed(error)
+            # Something to hand on, until the others hear that it is nothing.
+            return [
+                torch.zeros(size, s.width, dtype=s.dtype, device=self.device) for s in self.sources
+            ]
 
 
 class _Space:
@@ -343,28 +389,6 @@ class _Space:
             self.raw = [empty(panel + last, s.width, dtype=s.dtype) for s in pairs.sources]
             if sums:
                 self.row_sums = empty(k, panel + last, dtype=torch.float64).zero_()
-
-
-def agree(mine: Callable[[], Part], group: dist.ProcessGroup | None) -> list[Part]:
-    """What ``mine()`` returns in every process of the group, or one alone.
-
-    If it raises in one, all raise, so that none is left waiting for another.
-    """
-    if group is None:
-        return [mine()]
-    answer: tuple[Exception | None, list[Part]]
-    try:
-        answer = None, [mine()]
-    except (TypeError, ValueError) as error:
-        answer = error, []
-    answers = [answer] * dist.get_world_size(group)
-    dist.all_gather_object(answers, answer, group=group)
-    if answer[0] is not None:
-        raise answer[0]
-    for rank, (problem, _) in enumerate(answers):
-        if problem is not None:
-            raise type(problem)(f"on rank {rank}: {problem}")
-    return [part for _, parts in answers for part in parts]
 
 
 def _norms(strip: list[Tensor]) -> Tensor:

@@ -1,12 +1,16 @@
-"""Rows of features, wherever they are: a tensor, a mapped file, a slice of a safetensors file."""
+"""Rows of features, wherever they are: tensors, a mapped file, a slice of a safetensors file."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastxkd.ops._library import DTYPES
@@ -31,8 +35,47 @@ class TensorSlice(Protocol):
     def __getitem__(self, rows: Any) -> Tensor: ...
 
 
+class Pieces:
+    """Rows that came in pieces, as tensors that are left where they are."""
+
+    def __init__(self, pieces: Sequence[Tensor], name: str = "features") -> None:
+        self.pieces = list(pieces)
+        first = self.pieces[0]
+        for piece in self.pieces:
+            if piece.shape[1:] != first.shape[1:] or piece.dtype != first.dtype:
+                raise ValueError(
+                    f"{name}: expected {first.dtype} {list(first.shape[1:])} a row as at first,"
+                    f" got {piece.dtype} {list(piece.shape[1:])}"
+                )
+        self.ends = list(accumulate(len(piece) for piece in self.pieces))
+        self.shape = (self.ends[-1], *first.shape[1:])
+        self.dtype, self.device = first.dtype, first.device
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        begin, end, _ = rows.indices(self.ends[-1])
+        parts = [self.pieces[0][:0]]
+        for at in range(bisect_right(self.ends, begin), len(self.pieces)):
+            before = self.ends[at] - len(self.pieces[at])
+            if before >= end:
+                break
+            parts.append(self.pieces[at][max(begin - before, 0) : end - before])
+        return parts[1] if len(parts) == 2 else torch.cat(parts)
+
+
+class OneHot:
+    """Class indices ``[n]``, made into one-hot rows when they are read."""
+
+    dtype = torch.float32
+
+    def __init__(self, index: Tensor, classes: int) -> None:
+        self.index, self.device, self.shape = index, index.device, (len(index), classes)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return F.one_hot(self.index[rows], self.shape[1]).to(self.dtype)
+
+
 # A mapped file is a Tensor (torch.from_file) or an array (numpy.memmap).
-Features = Tensor | np.ndarray | TensorSlice
+Features = Tensor | np.ndarray | TensorSlice | Pieces | OneHot
 
 
 class Rows:
@@ -41,9 +84,8 @@ class Rows:
     def __init__(self, features: Features, name: str) -> None:
         shape: tuple[int, ...]
         dtype: torch.dtype | None
-        if isinstance(features, Tensor):
-            shape, dtype = tuple(features.shape), features.dtype
-            self.device = features.device
+        if isinstance(features, Tensor | Pieces | OneHot):
+            shape, dtype, self.device = tuple(features.shape), features.dtype, features.device
         elif isinstance(features, np.ndarray):
             shape, dtype = features.shape, NUMPY.get(features.dtype.name)
             self.device = torch.device("cpu")

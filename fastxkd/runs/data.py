@@ -7,7 +7,9 @@ batches are asked for change nothing, which is what makes a resumed run end with
 from __future__ import annotations
 
 import gzip
+import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastxkd.runs.names import printable
 
 BUILTIN_FILE = Path(__file__).resolve().parent.parent / "assets" / "fashion_mnist_subset.npz"
 FASHION_MNIST_DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
@@ -37,6 +41,8 @@ FASHION_MNIST_CLASSES = (
 SPECS = "'builtin', 'fashion-mnist[:ROOT]' or 'imagefolder:ROOT'"
 # (x - 127) / 128 on pixels 0..255: zero-centred, about [-1, 1], the same for every channel.
 DEFAULT_MEAN, DEFAULT_STD = (127 / 255,), (128 / 255,)
+_LONGEST_REASON = 300
+_LARGEST_IDX = 1 << 30
 
 
 class Batch(NamedTuple):
@@ -58,6 +64,38 @@ def _random_bits(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
     return state
+
+
+def normalize(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """uint8 [m, C, H, W] to float32 ``(x / 255 - mean) / std`` on ``device``."""
+    pixels = images.to(device, non_blocking=True).float()
+    shift = torch.tensor(mean, device=pixels.device).view(1, -1, 1, 1) * 255
+    scale = torch.tensor(std, device=pixels.device).view(1, -1, 1, 1) * 255
+    return (pixels - shift) / scale
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 [m, C, H, W] to uint8 [m, C, size, size]: bilinear, antialiased."""
+    resized = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def why(error: Exception) -> str:
+    """One line that says what went wrong and is the same wherever and whenever it does.
+
+    >>> why(OSError(2, "No such file or directory", "/data/a.png"))
+    'FileNotFoundError: No such file or directory'
+    """
+    text = str(getattr(error, "strerror", None) or error)
+    # Addresses in the text of an object differ from process to process.
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(text.split()))
+    kind = type(error).__name__
+    return f"{kind}: {printable(text)[:_LONGEST_REASON]}" if text else kind
 
 
 def augment(images: Tensor, indices: Tensor, *, seed: int, epoch: int) -> Tensor:
@@ -110,7 +148,7 @@ class Split:
                 kept.append(index)
             # A decoder may raise anything on a damaged file; none of it may end a run.
             except Exception as error:
-                errors.append((self.name(index), f"{type(error).__name__}: {error}"))
+                errors.append((self.name(index), why(error)))
         positions = torch.tensor(kept, dtype=torch.int64)
         pixels = torch.stack(images) if images else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
         return Batch(pixels, torch.from_numpy(self.labels[positions.numpy()]), positions, errors)
@@ -156,10 +194,7 @@ class ImageData:
 
     def normalize(self, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """uint8 [m, C, H, W] to float32 ``(x / 255 - mean) / std`` on ``device``."""
-        pixels = images.to(device, non_blocking=True).float()
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.std, device=pixels.device).view(1, -1, 1, 1) * 255
-        return (pixels - mean) / std
+        return normalize(images, self.mean, self.std, device)
 
     def batches(
         self, split: Split, batch_size: int, indices: np.ndarray | None = None
@@ -284,14 +319,14 @@ def load_data(
         data = load_folder(spec, Path(root).expanduser(), image_size or 224, held_out, seed)
     else:
         raise ValueError(f"data: expected {SPECS}, got {spec!r}")
-    data.mean = _per_channel("mean", mean, DEFAULT_MEAN, data.channels)
-    data.std = _per_channel("std", std, DEFAULT_STD, data.channels)
+    data.mean = per_channel("mean", mean, DEFAULT_MEAN, data.channels)
+    data.std = per_channel("std", std, DEFAULT_STD, data.channels)
     if min(data.std) <= 0:
         raise ValueError(f"std: expected positive numbers, got {list(data.std)}")
     return data
 
 
-def _per_channel(
+def per_channel(
     name: str, values: Sequence[float] | None, default: tuple[float, ...], channels: int
 ) -> tuple[float, ...]:
     given = tuple(float(value) for value in (default if values is None else values))
@@ -300,10 +335,14 @@ def _per_channel(
     return given if len(given) == channels else given * channels
 
 
-def _builtin(spec: str, image_size: int | None) -> ImageData:
+def read_builtin(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, H, W] and labels [n] of one split of the subset in the package."""
     with np.load(BUILTIN_FILE) as arrays:
-        train = _array_split(arrays["train_images"], arrays["train_labels"], image_size)
-        test = _array_split(arrays["test_images"], arrays["test_labels"], image_size)
+        return arrays[f"{split}_images"], arrays[f"{split}_labels"]
+
+
+def _builtin(spec: str, image_size: int | None) -> ImageData:
+    train, test = (_array_split(*read_builtin(split), image_size) for split in ("train", "test"))
     notice = (
         "Fashion-MNIST (Zalando SE, MIT licence), class-balanced subset that comes with fastxkd: "
         f"{len(train):,} training and {len(test):,} test images."
@@ -320,9 +359,14 @@ def _fashion(
     )
 
 
-def _fashion_mnist(spec: str, root: str, image_size: int | None) -> ImageData:
+def fashion_mnist_folder(root: str) -> Path:
+    """Where the IDX files are looked for: ``root``, the environment, the Debian package."""
     wanted = root or os.environ.get("FASTXKD_FASHION_MNIST") or str(FASHION_MNIST_DIRECTORY)
-    folder = Path(wanted).expanduser()
+    return Path(wanted).expanduser()
+
+
+def _fashion_mnist(spec: str, root: str, image_size: int | None) -> ImageData:
+    folder = fashion_mnist_folder(root)
     train = _array_split(*read_idx_pair(folder, "train"), image_size)
     test = _array_split(*read_idx_pair(folder, "test"), image_size)
     notice = (
@@ -335,11 +379,7 @@ def _fashion_mnist(spec: str, root: str, image_size: int | None) -> ImageData:
 def _array_split(images: np.ndarray, labels: np.ndarray, image_size: int | None) -> ArraySplit:
     pixels = torch.from_numpy(images)[:, None]
     if image_size is not None and image_size != pixels.shape[-1]:
-        resized = [
-            F.interpolate(part.float(), size=image_size, mode="bilinear", antialias=True)
-            for part in pixels.split(1024)
-        ]
-        pixels = torch.cat([part.round_().clamp_(0, 255).to(torch.uint8) for part in resized])
+        pixels = torch.cat([resize(part, image_size) for part in pixels.split(1024)])
     return ArraySplit(pixels, labels)
 
 
@@ -363,11 +403,15 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
         )
     path = packed if packed.is_file() else plain
     try:
-        content = gzip.decompress(path.read_bytes()) if path is packed else path.read_bytes()
-        magic, *shape = struct.unpack_from(f">{dimensions + 1}I", content)
-        if magic != 0x0800 + dimensions:
-            raise ValueError(f"magic number {magic:#x}, expected {0x0800 + dimensions:#x}")
-        values = np.frombuffer(content, dtype=np.uint8, offset=4 * (dimensions + 1))
-        return values.reshape(shape).copy()
+        with gzip.open(path) if path is packed else path.open("rb") as file:
+            magic, *shape = struct.unpack(f">{dimensions + 1}I", file.read(4 * (dimensions + 1)))
+            if magic != 0x0800 + dimensions:
+                raise ValueError(f"magic number {magic:#x}, expected {0x0800 + dimensions:#x}")
+            size = math.prod(shape)
+            if size > _LARGEST_IDX:
+                raise ValueError(f"{size:,} values, expected at most {_LARGEST_IDX:,}")
+            # No more than the header promises: a small packed file can unpack to any size.
+            content = file.read(size + 1)
+        return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"data: {path} is not a readable IDX file ({error})") from error

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import heapq
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastxkd._extras import require
 from fastxkd.runs.data import DEFAULT_MEAN, DEFAULT_STD, ImageData, Split
+from fastxkd.runs.names import Names, printable
+from fastxkd.runs.pictures import EXTENSIONS, is_image, read_image
+from fastxkd.runs.sources import Settings, Source
 
-_EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 _TEST_FOLDERS = ("val", "test", "valid", "validation")
 _CACHE_BYTES = 512 << 20
 
@@ -28,7 +32,7 @@ class FolderSplit(Split):
         self._room = _CACHE_BYTES // (3 * image_size * image_size)
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return printable(str(self.paths[index]))
 
     def _read(self, index: int) -> Tensor:
         cached = self._cache.get(index)
@@ -39,35 +43,198 @@ class FolderSplit(Split):
         return cached
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """Decode a file to uint8 RGB [3, size, size]: EXIF turned, transparency on white.
+class FolderSource(Source):
+    """Files below ``root`` in the order of their paths; only their names are kept."""
 
-    The shorter side is scaled to ``size`` and the middle is cut out.
+    def __init__(
+        self,
+        spec: str,
+        root: Path,
+        classes: list[str] | None,
+        found: tuple[Names, array[int]],
+        settings: Settings,
+        *,
+        boundary: Path,
+        follow_links: bool,
+    ) -> None:
+        require("PIL.Image", extra="cli")  # now, rather than as the failure of every image
+        size, channels = settings.image_size or 224, settings.channels or 3
+        self._names, self._labels = found
+        super().__init__(spec, len(self._names), classes, (channels, size, size), settings)
+        self.root, self._boundary = root, os.path.realpath(boundary)
+        self._follow_links = follow_links
+
+    def name(self, index: int) -> str:
+        return printable(self._names[index])
+
+    def _read(self, index: int) -> tuple[Tensor, int | None]:
+        path = os.path.join(self.root, os.fsdecode(self._names[index]))
+        if not self._follow_links and not _inside(os.path.realpath(path), self._boundary):
+            raise ValueError(
+                "a link that leads out of the data folder; links are followed on request only"
+            )
+        channels, size, _ = self.shape
+        pixels = read_image(path, size, channels=channels, max_pixels=self.settings.max_pixels)
+        return pixels, self._labels[index] if self._labels[index] >= 0 else None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **super().describe(),
+            "folder": str(self.root),
+            "fingerprint": self._names.digest(),
+            "follow_links": self._follow_links,
+        }
+
+
+def open_folder(
+    spec: str, root: Path, split: str | None, settings: Settings, *, follow_links: bool
+) -> FolderSource:
+    """Open ``ROOT/CLASS/**``, the images of ``ROOT`` itself, or one part of ``ROOT/{train,val}``.
+
+    Where ``root`` holds ``train`` and ``val`` (or ``test``) and nothing else, the latter is opened
+    unless ``split`` names another, and its classes are numbered as those of ``train`` are. Images
+    that lie in no class folder have no label.
+
+    Raises:
+        ValueError: no such folder, no images, a folder that cannot be listed, a class folder that
+            is a link out of ``root``, classes that ``train`` does not have.
     """
-    image_module = require("PIL.Image", extra="cli")
-    operations = require("PIL.ImageOps", extra="cli")
-    with image_module.open(path) as file:
-        image = operations.exif_transpose(file)
-        if image.mode.startswith("I;16"):
-            image = image_module.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = image_module.new("RGBA", image.size, (255, 255, 255, 255))
-            image = image_module.alpha_composite(white, image)
-        fitted = operations.fit(
-            image.convert("RGB"), (size, size), method=image_module.Resampling.BILINEAR
+    if not root.is_dir():
+        raise ValueError(f"data: {root} is not a folder")
+    parts = {
+        name
+        for name, is_folder in _listing(str(root), "", links=True)
+        if is_folder and name[0] != "."
+    }
+    own = next((name for name in _TEST_FOLDERS if name in parts), None)
+    parted = "train" in parts and own is not None and parts <= {"train", *_TEST_FOLDERS}
+    if split is not None and split not in parts:
+        raise ValueError(
+            f"data: {root} has no folder {split!r}; it has {', '.join(sorted(parts)) or 'none'}"
         )
-        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+    folder = root / split if split is not None else root / str(own) if parted else root
+    if not follow_links:
+        _refuse_outside(folder, root)
+    classes, names, labels = _labelled(folder, root, follow_links)
+    if not len(names):
+        raise ValueError(
+            f"data: no images in {folder}; images look like {' '.join(sorted(EXTENSIONS))}"
+        )
+    if parted and classes:
+        numbered = _with_images(root / "train")
+        strangers = [name for name in classes if name not in numbered]
+        if strangers:
+            raise ValueError(
+                f"data: expected the classes of {root / 'train'} in {folder}, got "
+                f"{', '.join(map(printable, strangers[:5]))}"
+            )
+        place = {name: number for number, name in enumerate(numbered)}
+        moved = [place[name] for name in classes]
+        labels = array("i", (moved[label] if label >= 0 else -1 for label in labels))
+        classes = numbered
+    return FolderSource(
+        spec,
+        folder,
+        classes or None,
+        (names, labels),
+        settings,
+        boundary=root,
+        follow_links=follow_links,
+    )
+
+
+def _labelled(folder: Path, root: Path, follow_links: bool) -> tuple[list[str], Names, array[int]]:
+    """Classes (folders with at least one image), all images below, and the class of each."""
+    classes: list[str] = []
+    labels = array("i")
+
+    def walk() -> Iterator[bytes]:
+        for name, is_folder in _listing(str(folder), "", links=True):
+            if not is_folder:
+                labels.append(-1)
+                yield os.fsencode(name)
+                continue
+            if name.startswith("."):
+                continue
+            place = os.path.join(folder, name)
+            known = False
+            for below in _walk(place):
+                if not known:
+                    if not follow_links:
+                        _refuse_outside(Path(place), root)
+                    classes.append(name)
+                    known = True
+                labels.append(len(classes) - 1)
+                yield os.fsencode(f"{name}/{below}")
+
+    names = Names(walk())
+    return classes, names, labels
+
+
+def _inside(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _refuse_outside(folder: Path, root: Path) -> None:
+    if not _inside(os.path.realpath(folder), os.path.realpath(root)):
+        raise ValueError(
+            f"data: the folder {printable(str(folder))} is a link that leads out of {root}; links "
+            "are followed on request only (follow_links)"
+        )
+
+
+def _with_images(folder: Path) -> list[str]:
+    return [
+        name
+        for name, is_folder in _listing(str(folder), "", links=True)
+        if is_folder and name[0] != "." and next(_walk(os.path.join(folder, name)), None)
+    ]
+
+
+def _listing(folder: str, below: str, *, links: bool = False) -> Iterator[tuple[str, bool]]:
+    """(path from ``folder``, is a folder) of the folders and images in ``folder/below``, by name.
+
+    Folders that are links are left out unless ``links``: a link to a parent has no end.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(os.path.join(folder, below)) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    if links or not entry.is_symlink():
+                        folders.append(below + entry.name)
+                elif is_image(entry.name):
+                    files.append(below + entry.name)
+    except OSError as error:
+        place = printable(os.path.join(folder, below))
+        raise ValueError(f"data: the folder {place} cannot be listed: {error.strerror}") from error
+    folders.sort()
+    files.sort()
+    return heapq.merge(((name, True) for name in folders), ((name, False) for name in files))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Images at any depth below ``folder``, in the order of their paths, as paths from there."""
+    open_folders = [_listing(folder, "")]
+    while open_folders:
+        for name, is_folder in open_folders[-1]:
+            if is_folder:
+                open_folders.append(_listing(folder, f"{name}/"))
+                break
+            yield name
+        else:
+            open_folders.pop()
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found = [
-        Path(place) / name
-        for place, _, names in os.walk(folder)
-        for name in names
-        if Path(name).suffix.lower() in _EXTENSIONS and not name.startswith(".")
-    ]
-    return sorted(found)
+    return [folder / name for name in _walk(str(folder))]
 
 
 def _class_folders(root: Path) -> dict[str, list[Path]]:
@@ -96,7 +263,7 @@ def load_folder(spec: str, root: Path, image_size: int, held_out: float, seed: i
         raise ValueError(
             f"data: expected at least 2 folders with images (one per class) in "
             f"{root / 'train' if has_split else root}, got {len(trained)}"
-            f" ({', '.join(trained) or 'none'}); images look like {' '.join(sorted(_EXTENSIONS))}"
+            f" ({', '.join(trained) or 'none'}); images look like {' '.join(sorted(EXTENSIONS))}"
         )
     classes = list(trained)
     if has_split:
@@ -130,7 +297,8 @@ def load_folder(spec: str, root: Path, image_size: int, held_out: float, seed: i
         f"in {len(classes)} classes; {how}. Scaled by the shorter side to {image_size} px and cut "
         "out from the middle."
     )
-    return ImageData(spec, classes, train, test, 3, image_size, DEFAULT_MEAN, DEFAULT_STD, notice)
+    shown = [printable(name) for name in classes]
+    return ImageData(spec, shown, train, test, 3, image_size, DEFAULT_MEAN, DEFAULT_STD, notice)
 
 
 def _hold_out(

@@ -22,12 +22,15 @@ from fastxkd.runs.cnn import BUILTIN_MODELS, builtin_model
 from fastxkd.runs.layers import choose_layers, default_layers, last_spatial_layer, pair_layers
 
 __all__ = [
+    "check_weights",
     "choose_layers",
     "default_layers",
+    "find_factory",
     "last_spatial_layer",
     "load_model",
     "load_weights",
     "pair_layers",
+    "users_own",
 ]
 
 SPECS = (
@@ -65,7 +68,7 @@ def load_model(
     elif kind == "torchvision" and name:
         model = _torchvision(name, num_classes, in_channels)
     elif kind and name:
-        model = _call(_factory(kind, name, spec), num_classes, in_channels, spec)
+        model = _call(find_factory(spec), num_classes, in_channels, spec)
     else:
         raise ValueError(f"model: expected {SPECS}, got {spec!r}")
     if not isinstance(model, nn.Module):
@@ -76,7 +79,7 @@ def load_model(
 
 
 def _timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    timm = _users_own("timm")
+    timm = users_own("timm")
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         hint = f"; for example {', '.join(close)}" if close else ""
@@ -85,7 +88,7 @@ def _timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
 
 
 def _torchvision(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    models = _users_own("torchvision.models")
+    models = users_own("torchvision.models")
     known = models.list_models(module=models)
     if name not in known:
         close = [other for other in known if other.startswith(name[:4])][:5]
@@ -116,7 +119,8 @@ def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def _users_own(module: str) -> ModuleType:
+def users_own(module: str) -> ModuleType:
+    """Import what the user brings along: its version is theirs to choose, so no extra names it."""
     package = module.split(".")[0]
     try:
         return importlib.import_module(module)
@@ -124,7 +128,7 @@ def _users_own(module: str) -> ModuleType:
         if (error.name or "").split(".")[0] != package:
             raise
         raise ImportError(
-            f"models from {package} need it installed: pip install {package}"
+            f"this needs {package}, which is not installed: pip install {package}"
         ) from error
     # A torchvision built for another torch fails with a RuntimeError about its operators.
     except RuntimeError as error:
@@ -133,11 +137,19 @@ def _users_own(module: str) -> ModuleType:
         ) from error
 
 
-def _factory(place: str, name: str, spec: str) -> Callable[..., object]:
+def find_factory(
+    spec: str, *, argument: str = "model", expected: str = SPECS
+) -> Callable[..., object]:
+    """What ``package.module:name`` or ``path/to/file.py:name`` stands for; runs the user's code.
+
+    Raises:
+        ValueError: no such file, module or callable; the text begins with ``argument``.
+    """
+    place, _, name = spec.rpartition(":")
     if place.endswith(".py"):
         path = Path(place).expanduser().resolve()
         if not path.is_file():
-            raise ValueError(f"model: {path} of {spec!r} does not exist")
+            raise ValueError(f"{argument}: {path} of {spec!r} does not exist")
         module_spec = importlib.util.spec_from_file_location(f"_fastxkd_user_{path.stem}", path)
         assert module_spec is not None
         assert module_spec.loader is not None
@@ -153,12 +165,12 @@ def _factory(place: str, name: str, spec: str) -> Callable[..., object]:
         except ModuleNotFoundError as error:
             if error.name and (place == error.name or place.startswith(f"{error.name}.")):
                 raise ValueError(
-                    f"model: no module {error.name!r}; expected {SPECS}, got {spec!r}"
+                    f"{argument}: no module {error.name!r}; expected {expected}, got {spec!r}"
                 ) from error
             raise
     factory = getattr(module, name, None)
     if not callable(factory):
-        raise ValueError(f"model: {place} has no callable {name!r} (from {spec!r})")
+        raise ValueError(f"{argument}: {place} has no callable {name!r} (from {spec!r})")
     return factory
 
 
@@ -257,7 +269,8 @@ def _read(path: Path) -> object:
             f"weights: {path} would have to be unpickled, which can run any code, or is damaged; "
             "save the state_dict alone (torch.save(model.state_dict(), ...)) or as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    # Damage can trip the reader anywhere, and it answers with whatever that raises.
+    except Exception as error:
         raise ValueError(f"weights: {path} is damaged or no torch file ({error})") from error
 
 
@@ -277,3 +290,26 @@ def _plain_state(content: object, path: Path) -> dict[str, Tensor]:
     while state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
+
+
+def check_weights(model: nn.Module) -> dict[str, int]:
+    """Weights that make every answer meaningless: name -> how many of its numbers are not finite.
+
+    Buffers may hold infinities on purpose (masks do), so only NaN counts there. An empty dict
+    means that all is well.
+
+    >>> layer = torch.nn.Linear(2, 2, bias=False)
+    >>> check_weights(layer)
+    {}
+    >>> check_weights(layer.requires_grad_(False).apply(lambda x: x.weight[0].fill_(torch.nan)))
+    {'weight': 2}
+    """
+    found: dict[str, int] = {}
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.is_floating_point() and not (fine := torch.isfinite(value)).all():
+                found[name] = int((~fine).sum())
+        for name, buffer in model.named_buffers():
+            if buffer.is_floating_point() and (broken := torch.isnan(buffer)).any():
+                found[name] = int(broken.sum())
+    return found

@@ -10,6 +10,9 @@ from typing import Any
 from fastxkd._extras import require
 from fastxkd.train import Progress
 
+# Between two lines about images.
+LINE_SECONDS = 10.0
+
 
 def _accuracy(record: Mapping[str, Any]) -> str:
     return "" if record["accuracy"] is None else f"  accuracy {record['accuracy']:.3f}"
@@ -21,6 +24,7 @@ class LineProgress(Progress):
     def __init__(self, write: Any = print) -> None:
         self._write = write
         self._stage, self._steps, self._done, self._began = "", 0, 0, 0.0
+        self._last: float | None = None
 
     def start(self, stage: str, steps: int, done: int) -> None:
         self._stage, self._steps, self._done = stage, steps, done
@@ -47,6 +51,20 @@ class LineProgress(Progress):
     def measure(self, what: str, done: int, total: int) -> None:
         if done == total:
             self._write(f"comparison: {what} of {total:,} images")
+
+    def images(self, done: int, total: int, failed: int) -> None:
+        """A line for the first images, every ten seconds, and at the end."""
+        now = time.monotonic()
+        if self._last is None:
+            self._first, self._began, self._last = done, now, now - LINE_SECONDS
+        elif done == self._done or (done < total and now - self._last < LINE_SECONDS):
+            return
+        self._last, self._done = now, done
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        left = f"  {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        speed = f"  {rate:.1f} images/s" if rate else ""
+        lost = f"  {failed:,} failed" if failed else ""
+        self._write(f"explained: {done:,} of {total:,} images{speed}{left}{lost}")
 
 
 class BarProgress(Progress):
@@ -77,6 +95,13 @@ class BarProgress(Progress):
         if what not in self._measures:
             self._measures[what] = self._bars.add_task(what, total=total, note="")
         self._bars.update(self._measures[what], completed=done)
+
+    def images(self, done: int, total: int, failed: int) -> None:
+        if self._task is None:
+            self._task = self._bars.add_task("explained", total=total, note="")
+            self._bars.reset(self._task, completed=done, total=total)
+        note = f"{failed:,} failed" if failed else ""
+        self._bars.update(self._task, completed=done, note=note)
 
 
 @contextmanager
