@@ -990,3 +990,203 @@ def test_bfloat16_and_arrays(net: Net, images: Tensor, explainer: Any) -> None:
     assert found.isfinite().all()
     array = explainer(net, "body")(images, 1, output="numpy")
     assert torch.from_numpy(array).equal(found)
+
+
+# --- layouts that sizes mislead about
+
+
+class Wide(nn.Module):
+    """64 channels of 64 x 128: by their sizes, 64 x 64 positions of 128 channels."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.layer(images).flatten(2).mean(2))
+
+
+WIDE = {
+    "conv": lambda: nn.Conv2d(3, 64, 3, stride=(2, 1), padding=1),
+    "norm": lambda: nn.Sequential(nn.Conv2d(3, 64, 1, stride=(2, 1)), nn.BatchNorm2d(64)),
+    "pool": lambda: nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.MaxPool2d((2, 1))),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("explainer", [cam.GradCAM, cam.EigenCAM, cam.AblationCAM])
+def test_convolutions_have_channels_second(name: str, explainer: Any) -> None:
+    model, images = Wide(WIDE[name]()).double().eval(), torch.randn(2, 3, 128, 128).double()
+    kinds = {cam.GradCAM: "GradCAM", cam.EigenCAM: "EigenCAM"}
+    explain = explainer(model, "layer", batch_size=64)
+    assert explain(images, 1, size=None).shape == (2, 64, 128)
+    if explainer in kinds:
+        expected = by_hand(kinds[explainer], model, model.layer, images, [1, 1])
+        torch.testing.assert_close(explain(images, 1), expected, rtol=0, atol=1e-6)
+    with fastxkd.capture(model, "layer") as captured:
+        score = model(images)[:, 1].sum()
+    assert captured.cam(score=score).shape == (2, 64, 128)
+
+
+def test_flattened_positions_are_no_tokens() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Flatten(), nn.Linear(64, 5))
+    with pytest.raises(ValueError, match=r"reshape_transform: \[2, 4, 16\] of a Flatten are no to"):
+        cam.GradCAM(model, "1")(torch.randn(2, 3, 4, 4))
+    maps = cam.GradCAM(model, "1", lambda x: x.unflatten(2, (4, 4)))(torch.randn(2, 3, 4, 4))
+    assert maps.shape == (2, 4, 4)
+
+
+# --- classes far from the others
+
+
+class Masked(nn.Module):
+    """One class is masked; the images are needed again after the layer, or not."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 5)
+        self.again = again
+        self.register_buffer("mask", torch.tensor([0.0, 0, 0, 0, -1e9]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.body(images).relu()
+        x = x * images.mean(1, keepdim=True).sigmoid() if self.again else x
+        return self.head(x.mean((2, 3))) + self.mask
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ablation_beside_a_masked_class(again: bool) -> None:
+    """The mask hides no images that the rest of the pass looks at."""
+    model, images = Masked(again).double(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    images[1] += 3
+    found = cam.AblationCAM(model, "body")(images, [0, 1, 2], normalize=None, size=None)
+    for i, image in enumerate(images):
+        alone = cam.AblationCAM(model, "body")(image[None], i, normalize=None, size=None)
+        torch.testing.assert_close(found[i], alone[0], rtol=1e-6, atol=1e-9)
+    assert found.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ablation_where_the_score_is_zero(net: Net, images: Tensor, dtype: torch.dtype) -> None:
+    net, images = net.to(dtype), images.to(dtype)
+    kept: list[Tensor] = []
+
+    def target(row: Tensor) -> Tensor:
+        """Zero for the image as it is."""
+        kept.append(row[1].detach())
+        return row[1] - kept[0]
+
+    found = cam.AblationCAM(net, "body")(images[:1], [target], normalize=None, size=None)[0]
+    assert found.isfinite().all()
+    assert found.max() > 0
+    weights = []
+    with torch.no_grad():
+        a = net.body(net.stem(images[:1]))
+        for channel in range(a.shape[1]):
+            without = a.clone()
+            without[:, channel] = 0
+            weights.append(kept[0] - net.head(without.flatten(2).mean(2))[0, 1])
+    summed = torch.einsum("c,chw->hw", torch.stack(weights), a[0]).relu()
+    torch.testing.assert_close(found * 1e-7, summed, rtol=1e-3, atol=1e-6)
+
+
+def test_plain_cam_beside_a_masked_class(net: Net, images: Tensor) -> None:
+    """A bias of -1e9 neither hides a wrong layer nor spoils the right one."""
+    expected = cam.CAM(net, "body")(images, 1)
+    with torch.no_grad():
+        net.head.bias[4] = -1e9
+    torch.testing.assert_close(cam.CAM(net, "body")(images, 1), expected)
+    model = nn.Sequential(net.stem, net.body, nn.Hardtanh(0, 0.01), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten(), net.head)  # fmt: skip
+    with pytest.raises(ValueError, match="the output is not the head's answer"):
+        cam.CAM(model, "1")(images, 1)
+
+
+# --- errors that name the argument
+
+WRONG: dict[str, tuple[Callable[[Any, Tensor], Any], type[Exception], str]] = {
+    "no layers": (lambda net, x: cam.GradCAM(net, None), TypeError, "target_layers: .* NoneType"),
+    "a number": (lambda net, x: cam.GradCAM(net, 3), TypeError, "target_layers: expected names"),
+    "no module": (lambda net, x: cam.GradCAM(len, "a"), TypeError, "model: expected a Module"),
+    "student": (lambda net, x: cam.UniCAM(3, net, "body"), TypeError, "student: expected a Module"),
+    "base": (lambda net, x: cam.UniCAM(net, "b", "body"), TypeError, "base: expected a Module"),
+    "capture": (lambda net, x: cam.capture(None, "a"), TypeError, "model: expected a Module"),
+    "size": (lambda net, x: cam.GradCAM(net, "body")(x, size=32), TypeError, "size: .* got 32"),
+    "half sizes": (
+        lambda net, x: cam.GradCAM(net, "body")(x, size=(3.5, 4.0)),
+        TypeError,
+        r"size: .*whole numbers, got \(3.5, 4.0\)",
+    ),
+    "cam_from size": (lambda net, x: cam.cam_from(x, x, size=3), TypeError, "size: .* got 3"),
+    "input": (lambda net, x: cam.cam_from(x, x, size="input"), ValueError, "size: .* got 'input'"),
+    "relu": (lambda net, x: cam.cam_from(x, x, relu="no"), TypeError, "relu: .* got 'no'"),
+    "eigen_smooth": (
+        lambda net, x: cam.cam_from(x, x, eigen_smooth=None), TypeError, "eigen_smooth: .* None"
+    ),
+    "objective": (
+        lambda net, x: cam.GradCAM(net, "body")(x, objective=3),
+        TypeError,
+        "objective: expected a callable on the model's output, got 3",
+    ),
+    "transform": (
+        lambda net, x: cam.GradCAM(net, "body", (1, 2)), TypeError, "reshape_transform: .* tuple"
+    ),
+    "base transform": (
+        lambda net, x: cam.UniCAM(net, net, "body", base_reshape_transform=3),
+        TypeError,
+        "base_reshape_transform: .* int",
+    ),
+    "comparisons": (
+        lambda net, x: cam.FinerCAM(net, "body", comparisons=2), TypeError, "comparisons: .* got 2"
+    ),
+    "ranks": (
+        lambda net, x: cam.FinerCAM(net, "body", comparisons=[1.5]),
+        TypeError,
+        r"comparisons: .* got \[1.5\]",
+    ),
+    "alpha": (
+        lambda net, x: cam.FinerCAM(net, "body", alpha="1"), TypeError, "alpha: .* got str"
+    ),
+    "ratio": (
+        lambda net, x: cam.AblationCAM(net, "body", ratio_channels_to_ablate="a"),
+        TypeError,
+        "ratio_channels_to_ablate: expected a number, got str",
+    ),
+    "bool": (lambda net, x: cam.GradCAM(net, "body")(x, True), TypeError, "targets: .* got True"),
+    "bools": (
+        lambda net, x: cam.GradCAM(net, "body")(x, [True, False, True]),
+        TypeError,
+        "targets: .* got bool",
+    ),
+    "bool tensor": (
+        lambda net, x: cam.GradCAM(net, "body")(x, torch.ones(3, dtype=torch.bool)),
+        ValueError,
+        "targets: .* got torch.bool",
+    ),
+    "samples": (
+        lambda net, x: cam.UniCAM(net, net, "body").reference(x, x, samples=5.5),
+        TypeError,
+        "samples: .* got 5.5",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_name_the_argument(net: Net, images: Tensor, name: str) -> None:
+    call, error, text = WRONG[name]
+    with pytest.raises(error, match=text):
+        call(net, images)
+
+
+def test_captured_weights_are_not_offered(net: Net, images: Tensor) -> None:
+    with fastxkd.capture(net, "body") as captured:
+        score = net(images).sum()
+    for method in ("weights", "gradcan"):
+        with pytest.raises(ValueError, match=rf"method: expected one of gradcam, .* got '{method}"):
+            captured.cam(method, score=score)
+    for wrong, text in ((3, "reshape_transform: "), ((1, 2), "reshape_transform: ")):
+        with pytest.raises(TypeError, match=text):
+            captured.cam(score=score, reshape_transform=wrong)
+    with pytest.raises(TypeError, match="size: "):
+        captured.cam(score=score, size=7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import fastxkd
@@ -24,6 +26,9 @@ from fastxkd import cam
 from fastxkd.cam.capture import Tap
 from fastxkd.compat import pytorch_grad_cam as compat
 from fastxkd.compat.pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+# The package's attribute of that name is the class.
+capturing = importlib.import_module("fastxkd.cam.capture")
 
 EVERY = [
     cam.GradCAM, cam.HiResCAM, cam.GradCAMElementWise, cam.GradCAMPlusPlus, cam.XGradCAM,
@@ -688,3 +693,144 @@ def test_aug_smooth_in_batches(
     rows.clear()
     same(explain(images, None, True, objective=lambda out: out[:, 1].sum()), one_class, 1e-5)
     assert rows == [4] * 6  # an objective sees one view's batch at a time
+
+
+# --- inside a training step
+
+
+def test_capture_behind_a_frozen_backbone(net: Net, images: Tensor) -> None:
+    """Nothing in front of the layer has a graph; the maps need one from the layer on."""
+    expected = cam.GradCAM(net, "body")(images, 1)
+    for part in (net.stem, net.body):
+        part.requires_grad_(False)
+    with fastxkd.capture(net, "body") as captured:
+        logits = net(images)
+    found = captured.cam(score=logits[:, 1].sum(), size="input")
+    same(found, expected)
+    maps = captured.cam("hirescam", score=logits[:, 1].sum(), differentiable=True, normalize=None)
+    (logits.sum() + maps.sum()).backward()
+    assert net.head.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in net.body.parameters())
+    with torch.no_grad(), fastxkd.capture(net, "body") as captured:
+        net(images)
+    assert not captured.activations["body"].requires_grad
+
+
+def test_capture_says_why_there_is_no_graph(net: Net, images: Tensor) -> None:
+    with fastxkd.capture(net, "stem") as captured:
+        with torch.no_grad():
+            x = net.stem(images)
+        score = net.head(net.body(x).mean((2, 3))).sum()
+    with pytest.raises(
+        ValueError, match="target layer 'stem': its output has no graph; it ran und"
+    ):
+        captured.cam(score=score)
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(self.stem(images))
+        x = torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=self.reentrant)
+        return self.head(self.last(x).mean((2, 3)))
+
+
+def test_capture_in_a_checkpoint(images: Tensor) -> None:
+    """The run of the layer in the backward pass replaces nothing."""
+    net = Checkpointed().eval()
+    expected = cam.GradCAM(net, "body")(images, 1)
+    with fastxkd.capture(net, "body") as captured:
+        score = net(images)[:, 1].sum()
+        same(captured.cam(score=score, size="input"), expected)
+        same(captured.cam(score=score, size="input"), expected)
+        score.backward()
+    net.reentrant = True
+    with fastxkd.capture(net, "body") as captured:
+        score = net(images)[:, 1].sum()
+    with pytest.raises(ValueError, match=r"'body': its output has no graph.*use_reentrant=True"):
+        captured.cam(score=score)
+
+
+def test_explainers_inside_the_block_do_not_count(net: Net, images: Tensor) -> None:
+    other = torch.randn(2, 3, 21, 17)
+    expected = cam.GradCAM(net, "body")(images, 1)
+    with fastxkd.capture(net, "body") as captured:
+        score = net(images)[:, 1].sum()
+        maps = cam.GradCAM(net, "body")(other, 1)
+        cam.ScoreCAM(net, "body")(other, 1)
+        fastxkd.metrics.deletion_curve(net, other, maps, 1, steps=2)
+    same(captured.cam(score=score, size="input"), expected)
+    assert captured.activations["body"].shape[0] == 4
+
+
+def test_capture_warns_of_a_layer_that_runs_twice(net: Net, images: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.net(images) + self.net(images.flip(3))
+
+    with (
+        fastxkd.capture(Twice(), "net.body") as captured,
+        pytest.warns(UserWarning, match=r"'net.body' ran more than once"),
+    ):
+        captured._model(images)
+    with fastxkd.capture(net, "body"):  # several passes, or parts of the model, are no surprise
+        for _ in range(2):
+            net(images)
+            net.body(net.stem(images))
+
+
+def test_capture_is_entered_once(net: Net, images: Tensor) -> None:
+    captured = fastxkd.capture(net, "body")
+    before = state(net)
+    with captured:
+        with pytest.raises(RuntimeError, match="capture: entered already"):
+            captured.__enter__()
+        net(images)
+    assert state(net) == before
+    with captured:  # one block after the other
+        net(images[:2])
+    assert captured.activations["body"].shape[0] == 2
+    assert state(net) == before
+
+
+def test_a_plain_forward_of_another_thread_has_no_keywords(net: Net, images: Tensor) -> None:
+    """torch registers a hook first, and only then that it takes keywords."""
+    captured = fastxkd.capture(net, "body")
+    with captured, ThreadPoolExecutor(1) as pool:
+        net(images)
+        assert pool.submit(captured._tap._begin, net, (images[:1],)).result() is None
+        assert captured._tap.image == (21, 17)
+        assert captured._tap._begin(net, (torch.rand(1, 3, 9, 8),)) is None
+        assert captured._tap.image == (9, 8)
+
+
+def test_flags_of_modules_that_two_explained_models_share(net: Net) -> None:
+    """The inner model is done first, or the outer one: neither ends the other's evaluation."""
+    outer = nn.Sequential(net).train()
+    before = values(outer)
+    for first, second in ((net, outer), (outer, net)):
+        one, two = capturing.evaluating(first), capturing.evaluating(second)
+        one.__enter__()
+        two.__enter__()
+        assert not any(m.training for m in net.modules())
+        one.__exit__(None, None, None)
+        assert not any(m.training for m in net.modules())
+        with torch.no_grad():
+            second(torch.randn(4, 3, 21, 17))
+        two.__exit__(None, None, None)
+        assert all(m.training for m in outer.modules())
+    assert all(a.equal(b) for a, b in zip(values(outer), before, strict=True))
+    assert not capturing._evaluated
+
+
+def test_a_layer_by_its_second_name(net: Net, images: Tensor) -> None:
+    expected = cam.GradCAM(net, "body")(images, 1)
+    net.alias = net.body
+    for layer in ("body", "alias", net.body, "alias.1"):
+        assert cam.GradCAM(net, layer)(images, 1).shape == expected.shape
+    assert cam.GradCAM(net, "alias")(images, 1).equal(expected)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -661,3 +663,40 @@ def test_reshape_transforms(theirs: Any) -> None:
     )
     with pytest.raises(ValueError, match=r"expected \[n, 197, c\], 1 and 14 x 14 tokens, got"):
         our_reshapes.vit_reshape_transform(tokens)
+
+
+# --- threads, layouts
+
+
+@pytest.mark.parametrize("name", ["GradCAM", "AblationCAM", "FinerCAM"])
+def test_channels_are_second_whatever_the_sizes(theirs: Any, name: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 1, stride=(2, 1)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, 5),
+    )  # fmt: skip
+    images = torch.randn(2, 3, 128, 128)
+    targets = None if name == "FinerCAM" else classes(1, 2)
+    check(*both(theirs, name, model.eval(), [model[1]], images, targets))
+
+
+def test_finer_calls_do_not_share_their_arguments(small: Small, images: Tensor) -> None:
+    """One call is in its forward pass while another, of other arguments, goes through."""
+    finer = ours.FinerCAM(small, [small.body])
+    expected = finer(images, target_idx=1, alpha=0.3, comparison_categories=[1])
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert done.wait(30)
+
+    handle = small.head.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(finer, images, target_idx=1, alpha=0.3, comparison_categories=[1])
+        assert inside.wait(30)
+        finer(images, target_idx=1, alpha=0.9, comparison_categories=[2, 3])
+        done.set()
+        check(first.result(30), expected)
+    handle.remove()
+    with pytest.raises(TypeError, match="alpha: expected a number"):
+        finer(images, alpha="1")

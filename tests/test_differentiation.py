@@ -102,3 +102,131 @@ def test_factors_may_be_any_number() -> None:
     x = torch.randn(6, 5)
     found = fastxkd.kd_loss(x, TEACHER, LABELS, temperature=torch.tensor(4.0), kd_weight=True)
     assert found == fastxkd.kd_loss(x, TEACHER, LABELS, temperature=4, kd_weight=1)
+
+
+# --- class activation maps and distances
+
+MAPS = ["gradcam", "gradcam++", "xgradcam", "hirescam", "layercam", "elementwise", "weights"]
+COMPONENTS = {
+    "eigencam": lambda a, g: fastxkd.cam_from(a, None, "eigencam"),
+    "eigengradcam": lambda a, g: fastxkd.cam_from(a, g, "eigengradcam"),
+    "eigen_smooth": lambda a, g: fastxkd.cam_from(a, g, eigen_smooth=True),
+}
+every_component = pytest.mark.parametrize("name", COMPONENTS)
+
+
+def maps_and_gradients(method: str = "") -> tuple[Tensor, Tensor]:
+    a, g = torch.rand(2, 3, 3, 2, dtype=torch.float64), torch.randn(2, 3, 3, 2).double()
+    return a, g.mean((2, 3)) if method == "weights" else g
+
+
+@pytest.mark.parametrize("method", MAPS)
+def test_maps_are_differentiable_twice(method: str) -> None:
+    a, g = (x.requires_grad_() for x in maps_and_gradients(method))
+
+    def maps(a: Tensor, g: Tensor) -> Tensor:
+        return fastxkd.cam_from(a, g, method, normalize=None, relu=False)
+
+    assert torch.autograd.gradgradcheck(maps, (a, g))
+
+
+def test_second_order_through_the_captured_graph(backend: str) -> None:
+    """Gradients that are a function of the activations: of a sum of cubes."""
+    a = torch.rand(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    maps = fastxkd.cam_from(a, a.square(), "hirescam", normalize=None, relu=False)
+    (first,) = torch.autograd.grad(maps.sum(), a, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), a)
+    torch.testing.assert_close(first, 3 * a.square())
+    torch.testing.assert_close(second, 6 * a)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("method", MAPS)
+def test_maps_in_torch_func(method: str) -> None:
+    a, g = maps_and_gradients(method)
+
+    def score(a: Tensor) -> Tensor:
+        return fastxkd.cam_from(a, g, method, size=(4, 4)).square().sum()
+
+    leaf = a.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(score(leaf), leaf)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(score)(a), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = score(torch.autograd.forward_ad.make_dual(a, torch.ones_like(a)))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, expected.sum())
+    batch = torch.stack([a, a.flip(0), 2 * a], 1)
+    each = torch.stack([torch.func.grad(score)(x) for x in batch.unbind(1)], 1)
+    found = torch.func.grad(lambda x: torch.func.vmap(score, 1)(x).sum())(batch)
+    torch.testing.assert_close(found, each)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(score), 1, 1)(batch), each)
+    hessian = torch.func.hessian(score)(a)
+    expected = torch.autograd.functional.hessian(score, a)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(hessian, expected)
+
+
+@every_component
+def test_components_are_differentiable_once(name: str) -> None:
+    a, g = maps_and_gradients()
+
+    def score(a: Tensor) -> Tensor:
+        return COMPONENTS[name](a, g).square().sum()
+
+    leaf = a.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(score(leaf), leaf, create_graph=True)
+    assert grad.abs().max() > 1e-3
+    torch.testing.assert_close(torch.func.grad(score)(a), grad.detach())
+    with pytest.raises(RuntimeError, match="a principal component is differentiable once"):
+        torch.autograd.grad(grad.square().sum() + leaf.sum(), leaf)
+    for outer in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="a principal component is differentiable once"):
+            outer(lambda x: torch.func.grad(score)(x).square().sum())(a)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_component
+def test_components_in_forward_mode(name: str) -> None:
+    a, g = maps_and_gradients()
+
+    def score(a: Tensor) -> Tensor:
+        return COMPONENTS[name](a, g).square().sum()
+
+    torch.testing.assert_close(torch.func.jacfwd(score)(a), torch.func.grad(score)(a))
+
+
+def correlation(x: Tensor) -> Tensor:
+    return fastxkd.metrics.distance_correlation(x, TEACHER.double())
+
+
+def test_distances_are_differentiable_once(backend: str) -> None:
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(correlation(x), x, create_graph=True)
+    assert grad.abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(grad.square().sum() + x.square().sum(), x)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(lambda x: torch.func.grad(correlation)(x).square().sum())(x.detach())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_distances_refuse_forward_mode() -> None:
+    x = torch.randn(6, 4, dtype=torch.float64)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(correlation, (x,), (x,))
+    with pytest.raises(NotImplementedError):
+        torch.func.jacfwd(correlation)(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        correlation(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_distances_under_vmap(backend: str) -> None:
+    batch = torch.randn(3, 6, 4, dtype=torch.float64)
+    mapped = torch.func.vmap(correlation)
+    expected = torch.stack([correlation(x) for x in batch])
+    torch.testing.assert_close(mapped(batch), expected)
+    each = torch.stack([torch.func.grad(correlation)(x) for x in batch])
+    assert each.abs().max() > 1e-3
+    torch.testing.assert_close(torch.func.grad(lambda x: mapped(x).sum())(batch), each)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(correlation))(batch), each)

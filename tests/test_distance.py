@@ -498,3 +498,14 @@ def test_pair_distances(backend: str, dtype: torch.dtype, shape: tuple[int, int]
     strided = torch.zeros(shape[0], 2 * shape[1], dtype=dtype)[:, ::2]
     strided[:] = rows
     assert torch.equal(op.pair_distances(strided), found)
+
+
+@pytest.mark.parametrize("far", [30, 1000])
+def test_one_row_far_from_all_others(backend: str, far: float) -> None:
+    """Its products are 10^6 times those that decide."""
+    x = torch.randn(200, 64)
+    y = torch.randn(200, 16) + x[:, :16]
+    x[-1] *= far
+    found = distance_correlation(x, y).item()
+    exact = distance_correlation(x.double(), y.double()).item()
+    assert abs(found - exact) < 1e-6

@@ -15,7 +15,7 @@ from tests import oracles
 
 # (n, c, h, w) of the explained layer and the shape of the base's
 SHAPES = [
-    ((4, 1, 1, 1), (4, 1)),
+    ((5, 1, 1, 1), (5, 1)),
     ((8, 5, 3, 2), (8, 7)),
     ((32, 16, 7, 7), (32, 16, 7, 7)),
     ((33, 12, 5, 4), (33, 6, 10, 8)),
@@ -48,8 +48,21 @@ def test_weights_are_the_gradient(shape: Any, base: Any) -> None:
     found = unicam_weights(a, b, labels)
     assert found.shape == shape[:2]
     assert found.dtype == torch.float64
-    if shape[0] > 4:  # of four points, the U-centred matrices span two dimensions only
-        assert relative(found, true) < 1e-10
+    assert relative(found, true) < 1e-10
+
+
+@pytest.mark.parametrize("objective", ["semi_partial", "partial"])
+def test_four_images_leave_nothing_beside_a_base(objective: Any) -> None:
+    a, b, labels = batch((4, 6, 4, 4), (4, 5))
+    with pytest.raises(ValueError, match="activations: expected at least 5, got 4: beside a base"):
+        unicam_weights(a, b, labels, objective=objective)
+    assert unicam_weights(a, b, objective="residual_argmax").abs().max() > 1e-3
+    own, others = (x[:1] for x in (a, b, labels)), (a, b, labels)
+    assert unicam_weights(*own, objective=objective, reference=others).shape == (1, 6)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3))
+    unicam = fastxkd.UniCAM(conv, conv, "0", objective=objective)
+    with pytest.raises(ValueError, match="images: expected at least 5, got 4"):
+        unicam(torch.rand(4, 3, 8, 8), labels)
 
 
 @pytest.mark.parametrize(

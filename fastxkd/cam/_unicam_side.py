@@ -131,7 +131,7 @@ class Side:
                     f"{self.argument}: expected a function that returns a Tensor,"
                     f" got {type(feature).__name__}"
                 )
-        spatial = self._spatial(activation.detach(), inputs)
+        spatial = self._spatial(activation.detach(), layer, inputs)
         if spatial.dim() not in (4, 5):
             raise ValueError(
                 f"target layer {layer!r}: expected spatial activations [n, channels, height,"
@@ -145,12 +145,13 @@ class Side:
                 )
         return Seen(layer, activation, spatial, feature)
 
-    def _spatial(self, tensor: Tensor, inputs: Inputs) -> Tensor:
+    def _spatial(self, tensor: Tensor, layer: str, inputs: Inputs) -> Tensor:
         return to_spatial(
             tensor,
             transform=self.transform,
             image=inputs.images.shape[2:],
             model=bare(self.model),
+            layer=self.layers[layer],
             n=len(inputs.images),
         )
 
@@ -177,4 +178,4 @@ class Side:
             )
         if gradient is None:
             raise ValueError(f"{self.argument}: does not depend on target layer {seen.layer!r}")
-        return (pooled(self._spatial(gradient, inputs)) * largest).to(exact)
+        return (pooled(self._spatial(gradient, seen.layer, inputs)) * largest).to(exact)

@@ -53,6 +53,16 @@ def check_objective(objective: str) -> None:
         )
 
 
+def check_samples(argument: str, n: int, objective: str) -> None:
+    """4, the fewest that distances can be centred of, are too few beside a base."""
+    if n == 4 and objective != "residual_argmax":
+        raise ValueError(
+            f"{argument}: expected at least 5, got 4: beside a base their distances have one"
+            f" direction left, and {objective} is 1 or -1 whatever they are; pass more, or a"
+            " reference set"
+        )
+
+
 def _u_centred(d: Tensor) -> Tensor:
     n = d.shape[-1]
     rows = d.sum(-1, keepdim=True)
@@ -172,7 +182,8 @@ def unicam_weights(
     ==================== ==========================================================================
 
     Args:
-        activations: ``[n, c, h, w]`` or ``[n, c, d, h, w]`` of the explained model, n >= 4.
+        activations: ``[n, c, h, w]`` or ``[n, c, d, h, w]`` of the explained model, n >= 5
+            (``residual_argmax``: 4).
         base_features: ``[n, ...]`` of the model that is taken out.
         targets: class indices ``[n]`` or embeddings ``[n, e]``; None for ``residual_argmax``.
         objective: one of the table.
@@ -185,7 +196,7 @@ def unicam_weights(
         label is the same, or the base leaves nothing of activations or (``partial``) targets.
 
     Raises:
-        ValueError, TypeError: fewer than 4 samples, rows that do not match, targets missing or
+        ValueError, TypeError: too few samples, rows that do not match, targets missing or
             without use.
 
     >>> import torch
@@ -212,6 +223,7 @@ def unicam_weights(
     n = activations.shape[0]
     with torch.no_grad():
         if reference is None:
+            check_samples("activations", n, objective)
             if targets is not None:
                 given[2] = label_embeddings(targets).double()
             distances = [

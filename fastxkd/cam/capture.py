@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -13,21 +13,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastxkd.cam.layouts import to_spatial
-from fastxkd.cam.maps import Normalize, check_aggregate, maps_of_layers
+from fastxkd.cam.layouts import check_transform, to_spatial
+from fastxkd.cam.maps import METHODS, Normalize, check_aggregate, check_size, maps_of_layers
 
 Layers = Sequence[nn.Module | str] | nn.Module | str
 
 
-def resolve_layers(model: nn.Module, layers: Layers, argument: str) -> dict[str, nn.Module]:
+def resolve_layers(
+    model: nn.Module, layers: Layers, argument: str, owner: str = "model"
+) -> dict[str, nn.Module]:
     """Layer names to modules, in the order given; modules are looked up for their name.
 
     Raises:
         ValueError: a name or module that the model does not have, an empty list.
-        TypeError: anything else than names and modules.
+        TypeError: anything else than names and modules, of something else than a model, which the
+            caller's user calls ``owner``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{owner}: expected a Module, got {type(model).__name__}")
     if isinstance(layers, (nn.Module, str)):
         layers = [layers]
+    if not isinstance(layers, Collection):
+        raise TypeError(
+            f"{argument}: expected names or modules of {type(model).__name__},"
+            f" got {type(layers).__name__}"
+        )
     if len(layers) == 0:
         raise ValueError(f"{argument}: expected at least one layer, got none")
     modules = dict(model.named_modules())
@@ -49,15 +59,23 @@ def resolve_layers(model: nn.Module, layers: Layers, argument: str) -> dict[str,
             )
         # DataParallel-style wrappers and torch.compile put the model one attribute further down.
         options = (layer, f"module.{layer}", f"_orig_mod.{layer}")
-        name = next((option for option in options if option in modules), None)
-        if name is None or layer == "":
+        module = next((m for name in options if (m := _submodule(model, name)) is not None), None)
+        if module is None or layer == "":
             close = difflib.get_close_matches(layer, modules, n=3)
             hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
             raise ValueError(
                 f"{argument}: {type(model).__name__} has no layer named {layer!r}{hint}"
             )
-        found[layer] = modules[name]
+        found[layer] = module
     return found
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """By any of its names: a module that is registered twice has several."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 class _Hook:
@@ -70,7 +88,7 @@ class _Hook:
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         # DataParallel runs the model's replicas in threads of its own.
         replica = getattr(module, "_is_replica", False)
-        if threading.get_ident() != self.tap.thread and not replica:
+        if not replica and not self.tap.listens():
             return None
         whole, output = output, output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(output, Tensor):
@@ -91,7 +109,10 @@ class Tap:
     Args:
         layers: names to modules.
         cut: start the graph at the first layer reached: what comes before it runs without one.
-        one_pass: the model runs once; warn where a layer runs more often.
+            Otherwise one starts only where gradients are wanted and what comes before, frozen, has
+            none.
+        one_pass: the layers run once, or once in each run of the model; warn where they run more
+            often.
         model: what will run. Compiled, it runs eagerly in the block, since compiled code knows
             nothing of hooks that come later; from its call on, what an earlier pass left is gone.
     """
@@ -102,7 +123,7 @@ class Tap:
         *,
         cut: bool,
         one_pass: bool,
-        model: nn.Module | None = None,
+        model: nn.Module,
     ) -> None:
         self.layers = layers
         self.cut = cut
@@ -113,48 +134,72 @@ class Tap:
         self.thread = 0
         # (height, width) of the images that went in, where the model itself was called with some.
         self.image: tuple[int, ...] | None = None
-        self._stack = ExitStack()
+        self._running = False
+        self._depth = 0
+        self._stack: ExitStack | None = None
 
     def __enter__(self) -> Tap:
-        self.thread = threading.get_ident()
+        if self._stack is not None:
+            raise RuntimeError("capture: entered already; make one for each block")
+        self.thread, self._depth = threading.get_ident(), _depth()
         with ExitStack() as stack:
-            if self.model is not None:
-                stack.enter_context(_eagerly(self.model))
-                handle = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-                stack.callback(handle.remove)
+            stack.enter_context(_eagerly(self.model))
+            handle = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            stack.callback(handle.remove)
             for name, module in self.layers.items():
                 handle = module.register_forward_hook(_Hook(self, name))
                 stack.callback(handle.remove)
+            stack.callback(self.model.register_forward_hook(self._end).remove)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
 
-    def _begin(self, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if threading.get_ident() != self.thread:
+    def listens(self) -> bool:
+        """Whether this is a pass of the block's own: of its thread, and none that an explainer or
+        a metric of this library runs inside it."""
+        return threading.get_ident() == self.thread and _depth() == self._depth
+
+    # torch registers such a hook in two steps: another thread can come by between them, and then
+    # gives no keywords.
+    def _begin(
+        self, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any] | None = None
+    ) -> None:
+        if not self.listens() or _in_backward():
             return
+        self._running = True
         self.parts.clear()
-        tensors = [x for x in (*inputs, *keywords.values()) if isinstance(x, Tensor)]
+        given = (*inputs, *(keywords or {}).values())
+        tensors = [x for x in given if isinstance(x, Tensor)]
         self.image = tuple(tensors[0].shape[2:]) if tensors and tensors[0].dim() > 3 else None
 
+    def _end(self, *_: Any) -> None:
+        if self.listens():
+            self._running = False
+
     def take(self, name: str, output: Tensor, replica: bool) -> Tensor:
-        if self.one_pass and name in self.parts:
+        wanted = (self.cut or torch.is_grad_enabled()) and output.is_floating_point()
+        if wanted and not output.requires_grad:
+            torch.set_grad_enabled(True)
+            # A tensor made in inference mode can start no graph; its copy can.
+            output = (output.clone() if output.is_inference() else output).detach()
+            output.requires_grad_(True)
+        # The model gets a copy: an in-place operation further on must not reach what is kept.
+        if _in_backward():  # a checkpoint runs once more what has been kept
+            return output.clone()
+        if self.one_pass and self._running and name in self.parts and not replica:
             warnings.warn(
                 f"target layer {name!r} ran more than once in this forward pass; the last run is"
                 " explained",
                 stacklevel=2,
             )
-        if self.cut and not output.requires_grad:
-            torch.set_grad_enabled(True)
-            # A tensor made in inference mode can start no graph; its copy can.
-            output = (output.clone() if output.is_inference() else output).detach()
-            output.requires_grad_(True)
         if replica:
             self.parts.setdefault(name, []).append(output)
         else:
             self.parts[name] = [output]
-        # The model gets a copy: an in-place operation further on must not reach what is kept.
         return output.clone()
 
     def replicas(self) -> dict[str, list[Tensor]]:
@@ -187,7 +232,9 @@ class capture:
     """Keep the activations of layers during a forward pass of your own.
 
     The pass is yours: training mode, autocast, gradients and hooks stay as they are. One capture
-    may see several passes; it holds the last. Inside the block a model compiled by
+    may see several passes; it holds the last, and passes that an explainer or a metric of this
+    library runs inside the block do not count. Where what comes before a layer is frozen, the graph
+    starts at the layer. Inside the block a model compiled by
     ``torch.compile`` runs eagerly, and its compiled code is as good as before afterwards.
     The replicas of ``DataParallel`` are put together again.
 
@@ -209,7 +256,7 @@ class capture:
     def __init__(self, model: nn.Module, layers: Layers) -> None:
         self._model = model
         self._tap = Tap(
-            resolve_layers(model, layers, "layers"), cut=False, one_pass=False, model=model
+            resolve_layers(model, layers, "layers"), cut=False, one_pass=True, model=model
         )
 
     def __enter__(self) -> capture:
@@ -242,7 +289,7 @@ class capture:
         respect to the captured activations only, and keeps the graph for the step's own backward.
 
         Args:
-            method: as in :func:`fastxkd.cam_from`.
+            method: as in :func:`fastxkd.cam_from`, but ``weights``.
             score: a scalar that depends on the captured layers.
             size: resize to (height, width), or to that of the ``"input"``; None keeps the first
                 layer's resolution.
@@ -252,7 +299,16 @@ class capture:
             differentiable: build the graph for a loss on the maps.
             reshape_transform: as in :class:`fastxkd.GradCAM`; where only parts of the model were
                 called, its images are not known, and token layouts need one.
+
+        Raises:
+            ValueError: a score without a graph or that does not depend on a layer, a layer that
+                was not reached or ran without a graph.
         """
+        if method not in METHODS or method == "weights":
+            known = ", ".join(m for m in METHODS if m != "weights")
+            raise ValueError(f"method: expected one of {known}, got {method!r}")
+        check_transform(reshape_transform)
+        check_size(size)
         layers = self._tap.replicas()
         if not isinstance(score, Tensor) or score.numel() != 1 or not score.requires_grad:
             what = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
@@ -263,6 +319,12 @@ class capture:
                 raise ValueError("size: no images are known, the model itself was not called")
             size = image
         check_aggregate(aggregate)
+        for name, parts in layers.items():
+            if not all(part.requires_grad for part in parts):
+                raise ValueError(
+                    f"target layer {name!r}: its output has no graph; it ran under no_grad, or in"
+                    " a checkpoint with use_reentrant=True"
+                )
         flat = [part for parts in layers.values() for part in parts]
         each = iter(
             torch.autograd.grad(
@@ -275,7 +337,7 @@ class capture:
         )
         with torch.set_grad_enabled(differentiable):
             activations, gradients = [], []
-            for parts in layers.values():
+            for name, parts in layers.items():
                 found = [next(each) for _ in parts]
                 unused = all(gradient is None for gradient in found)
                 whole = [
@@ -283,7 +345,11 @@ class capture:
                     for part, gradient in zip(parts, found, strict=True)
                 ]
                 spatial = partial(
-                    to_spatial, transform=reshape_transform, image=image, model=bare(self._model)
+                    to_spatial,
+                    transform=reshape_transform,
+                    image=image,
+                    model=bare(self._model),
+                    layer=self._tap.layers[name],
                 )
                 activations.append(spatial(joined(parts)))
                 gradients.append(None if unused else spatial(joined(whole)))
@@ -335,31 +401,47 @@ def bare(model: nn.Module) -> nn.Module:
     return bare(model.module) if isinstance(model, parallel) else model
 
 
-# Models that are being evaluated, by whom many, and what to set back to training afterwards.
-_evaluated: dict[int, tuple[int, list[nn.Module]]] = {}
+# Modules that are being evaluated, by how many, and which of them to set back to training.
+_evaluated: dict[int, tuple[int, bool]] = {}
 _evaluated_lock = threading.Lock()
+_passes = threading.local()
+
+
+def _depth() -> int:
+    """How many :func:`evaluating` blocks this thread is in: each is a pass of the library's."""
+    return getattr(_passes, "depth", 0)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """``model.eval()`` for a while; every module gets its own flag back, also after an error.
 
-    Where several threads explain one model, the last to finish puts the flags back.
+    Where several threads explain one model, or models that share modules, the last to finish with
+    a module puts its flag back.
     """
+    modules = list(model.modules())
     with _evaluated_lock:
-        users, training = _evaluated.get(id(model), (0, []))
-        if users == 0:
-            training = [module for module in model.modules() if module.training]
-            if training:
-                model.eval()
-        _evaluated[id(model)] = (users + 1, training)
+        training = [module for module in modules if module.training]
+        if training:
+            model.eval()
+        for module in modules:
+            users, flag = _evaluated.get(id(module), (0, False))
+            _evaluated[id(module)] = users + 1, flag
+        for module in training:
+            _evaluated[id(module)] = _evaluated[id(module)][0], True
+    _passes.depth = _depth() + 1
     try:
         yield
     finally:
+        _passes.depth = _depth() - 1
         with _evaluated_lock:
-            users, training = _evaluated.pop(id(model))
-            if users > 1:
-                _evaluated[id(model)] = (users - 1, training)
-            else:
-                for module in training:
+            for module in modules:
+                users, flag = _evaluated.pop(id(module))
+                if users > 1:
+                    _evaluated[id(module)] = users - 1, flag
+                elif flag:
                     module.training = True

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fastxkd.cam.capture import Layers, Tap, bare, evaluating, resolve_layers
-from fastxkd.cam.layouts import to_spatial
-from fastxkd.cam.maps import Normalize, check_aggregate, check_normalize, maps_of_layers
+from fastxkd.cam.layouts import check_transform, to_spatial
+from fastxkd.cam.maps import (
+    Normalize,
+    check_aggregate,
+    check_normalize,
+    check_size,
+    maps_of_layers,
+)
 from fastxkd.cam.targets import Objective
 
 # Flipped or not, and the factor on the input: the views of pytorch-grad-cam's aug_smooth.
@@ -106,6 +112,8 @@ class Explainer:
     _gradients = True
     # Whether every view of aug_smooth chooses its own class where none is given.
     _class_per_view = False
+    # Whether [n, h, w, c] is recognised by its sizes.
+    _layouts_by_size = True
 
     def __init__(
         self,
@@ -117,6 +125,7 @@ class Explainer:
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected an int of at least 1, got {batch_size!r}")
+        check_transform(reshape_transform)
         self.model = model
         self.bare = bare(model)
         self.target_layers = resolve_layers(model, target_layers, "target_layers")
@@ -149,7 +158,9 @@ class Explainer:
         Args:
             images: ``[n, channels, height, width]`` or ``[n, channels, depth, height, width]``,
                 n > 0. Models with several inputs take a tuple (by position) or a dict (by
-                keyword), whose first tensor is the images.
+                keyword), whose first tensor is the images. What else has one entry per image must
+                be a tensor too where altered images run (aug_smooth, ScoreCAM, AblationCAM): lists
+                are handed on as they are.
             targets: None (arg-max of each image) | int | list of int | LongTensor ``[n]`` | list
                 of callables, one per image, on its row of the output | one callable for every
                 row.
@@ -159,7 +170,7 @@ class Explainer:
                 the images themselves give.
             eigen_smooth: the first principal component of the weighted channels instead of their
                 sum, with the sign of their sum.
-            output: ``"tensor"``, on the images' device, or ``"numpy"``.
+            output: ``"tensor"``, on the images' device, or ``"numpy"``, always float32.
             normalize: ``"minmax"``, or None: magnitudes are kept (after ReLU).
             size: ``"input"``, (height, width), or None for the layer's resolution.
             aggregate: ``"mean"`` over layers, or None: a list with one tensor per layer.
@@ -168,8 +179,8 @@ class Explainer:
                 scalar, which may tie images together.
 
         Returns:
-            ``[n, height, width]`` float32 in [0, 1] (float64 for a float64 model). The model's
-            output stays in ``outputs`` until the next call, detached unless differentiable.
+            ``[n, height, width]`` float32 in [0, 1]; tensors of a float64 model float64. The
+            model's output stays in ``outputs`` until the next call, detached unless differentiable.
 
         Raises:
             ValueError, TypeError: a layer that is never reached, activations without spatial
@@ -182,6 +193,10 @@ class Explainer:
         if objective is not None and not self._gradients:
             raise ValueError(
                 f"objective: {type(self).__name__} scores images one by one; pass targets"
+            )
+        if not (objective is None or callable(objective)):
+            raise TypeError(
+                f"objective: expected a callable on the model's output, got {objective!r}"
             )
         n = len(inputs.images)
         at_once = 1 if objective is not None else self._views_at_once(n)
@@ -281,15 +296,20 @@ class Explainer:
             result = inputs.run(self.bare)
         return result, list(tap.reached().values())
 
-    def _spatial(self, tensor: Tensor, inputs: Inputs) -> Tensor:
-        """A layer's output, or a gradient of its kind, as ``[n, channels, ...]``."""
-        return to_spatial(
-            tensor,
-            transform=self.reshape_transform,
-            image=inputs.images.shape[2:],
-            model=self.bare,
-            n=len(inputs.images),
-        )
+    def _spatial(self, tensors: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+        """The layers' outputs, or gradients of their kind, as ``[n, channels, ...]``."""
+        return [
+            to_spatial(
+                tensor,
+                transform=self.reshape_transform,
+                image=inputs.images.shape[2:],
+                model=self.bare,
+                layer=layer,
+                n=len(inputs.images),
+                by_size=self._layouts_by_size,
+            )
+            for tensor, layer in zip(tensors, self.target_layers.values(), strict=True)
+        ]
 
     def _views_at_once(self, n: int) -> int:
         return max(1, self.batch_size // n)
@@ -321,5 +341,4 @@ def _check_call(images: Tensor, output: Any, normalize: Any, size: Any, aggregat
     if output not in ("tensor", "numpy"):
         raise ValueError(f"output: expected 'tensor' or 'numpy', got {output!r}")
     check_aggregate(aggregate)
-    if isinstance(size, str) and size != "input":
-        raise ValueError(f"size: expected 'input', None or (height, width), got {size!r}")
+    check_size(size)

@@ -3,7 +3,8 @@ there on, and one fused operator from activations and gradients to maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -57,11 +58,14 @@ def explain_score(
     gradients = torch.autograd.grad(
         score, activations, create_graph=differentiable, allow_unused=True
     )
+    missing = [g is None for g in gradients]
     with torch.set_grad_enabled(differentiable):
+        given = [a if g is None else g for a, g in zip(activations, gradients, strict=True)]
+        spatial = explainer._spatial(given, inputs)
         return Signals(
             result,
-            [explainer._spatial(a, inputs) for a in activations],
-            [g if g is None else explainer._spatial(g, inputs) for g in gradients],
+            explainer._spatial(activations, inputs),
+            [None if unused else g for unused, g in zip(missing, spatial, strict=True)],
             method,
         )
 
@@ -159,8 +163,15 @@ class FinerCAM(GradientCAM):
             )
         if not hasattr(base_method, "method"):
             raise TypeError(f"base_method: {base_method.__name__} names no method of its own")
+        ranks: Any = comparisons
+        whole = isinstance(ranks, Iterable) and all(isinstance(r, Integral) for r in ranks)
+        if not whole:
+            raise TypeError(f"comparisons: expected ranks from 1 on, got {ranks!r}")
         if not comparisons or min(comparisons) < 1:
             raise ValueError(f"comparisons: expected ranks from 1 on, got {list(comparisons)}")
+        factor: Any = alpha
+        if not isinstance(factor, Real):
+            raise TypeError(f"alpha: expected a number, got {type(factor).__name__}")
         self.method = base_method.method
         self.alpha = alpha
         self.comparisons = tuple(comparisons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -68,7 +69,8 @@ def cam_from(
 
     Returns:
         ``[n, height, width]`` float32 (float64 for float64 input), differentiable in activations
-        and gradients, any number of times (principal components: once). NaN in one image makes that image's map NaN and no other.
+        and gradients, any number of times (principal components: once). NaN in one image makes that
+        image's map NaN and no other.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, an unknown method.
@@ -80,6 +82,10 @@ def cam_from(
              [0.0000, 1.5000]]])
     """
     check_normalize(normalize)
+    check_size(size, "None or (height, width)")
+    for name, flag in (("relu", relu), ("eigen_smooth", eigen_smooth)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
     scaling = 0 if normalize is None else (1 if size is None else 2)
     return _map(activations, gradients, method, size, relu, scaling, eigen_smooth)
 
@@ -92,6 +98,16 @@ def check_aggregate(aggregate: Any) -> None:
 def check_normalize(normalize: Normalize) -> None:
     if normalize not in ("minmax", None):
         raise ValueError(f"normalize: expected 'minmax' or None, got {normalize!r}")
+
+
+def check_size(size: Any, expected: str = "'input', None or (height, width)") -> None:
+    if size is None or (isinstance(size, str) and size == "input" and size in expected):
+        return
+    if isinstance(size, str) or not isinstance(size, (tuple, list)):
+        error = ValueError if isinstance(size, str) else TypeError
+        raise error(f"size: expected {expected}, got {size!r}")
+    if not all(isinstance(x, (Integral, torch.SymInt)) for x in size):
+        raise TypeError(f"size: expected {expected}, whole numbers, got {tuple(size)}")
 
 
 def _map(

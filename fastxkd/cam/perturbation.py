@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from fastxkd.cam.targets import Objective, Resolved, resolve_targets, row_scores
 from fastxkd.reference.cam import exact_dtype, min_max
 
 MASK_EPS = 1e-8
+SCORE_EPS = 1e-7
 # What pytorch-grad-cam subtracts from the smallest activation where that is not 0.
 FAR_BELOW = 1e7
 
@@ -36,7 +38,7 @@ class TrialCAM(Explainer):
         result, activations = self._forward(inputs, cut=False)
         chosen = resolve_targets(result, targets, len(inputs.images))
         weights: list[Tensor | None] = []
-        spatial = [self._spatial(a, inputs) for a in activations]
+        spatial = self._spatial(activations, inputs)
         for name, own, maps in zip(self.target_layers, activations, spatial, strict=True):
             if maps.dim() not in (4, 5):
                 break  # refused, with the layer's name, where maps are made
@@ -106,7 +108,8 @@ class _Feed(Tap):
 class AblationCAM(TrialCAM):
     r"""Ablation-CAM (Desai and Ramaswamy 2020): channels weighted by the score they carry.
 
-    :math:`w_c = (y - y_c) / y` with :math:`y_c` the score without channel c. One pass per channel,
+    :math:`w_c = (y - y_c) / y` with :math:`y_c` the score without channel c and :math:`|y|` at
+    least 1e-7. One pass per channel,
     from the layer on: what comes before it runs for one image only, where a trial shows that the
     output depends on nothing else of it, and for the whole batch otherwise.
 
@@ -139,6 +142,11 @@ class AblationCAM(TrialCAM):
         value: Literal["zero", "below"] = "zero",
     ) -> None:
         super().__init__(model, target_layers, reshape_transform, batch_size=batch_size)
+        given: Any = ratio_channels_to_ablate
+        if not isinstance(given, Real):
+            raise TypeError(
+                f"ratio_channels_to_ablate: expected a number, got {type(given).__name__}"
+            )
         if not 0 < ratio_channels_to_ablate <= 1:
             raise ValueError(
                 "ratio_channels_to_ablate: expected a share in (0, 1],"
@@ -155,12 +163,12 @@ class AblationCAM(TrialCAM):
         n, channels = maps.shape[:2]
         everyone = torch.arange(n, device=own.device)
         score = row_scores(result, targets, everyone).to(exact_dtype(own))
-        axis = self._axis(own, channels, inputs)
+        axis = self._axis(own, channels, inputs, self.target_layers[name])
         chosen = self._chosen(maps)  # [n, tried]
         tried = chosen.shape[1]
         lowest = self._values(own, tried)  # [n, tried]
         image = everyone.repeat_interleave(tried)
-        trunk = self._short_trunk(inputs, result, name, own)
+        trunk = self._short_trunk(inputs, targets, score, name, own)
         scores = []
         for at in torch.arange(n * tried, device=own.device).split(self.batch_size):
             of, column = image[at], chosen.flatten()[at]
@@ -171,8 +179,8 @@ class AblationCAM(TrialCAM):
             output = self._from_layer(trunk or inputs.rows(of), name, rows)
             scores.append(row_scores(output, targets, of).to(score.dtype))
         without = torch.cat(scores).reshape(n, tried)
-        tiny = torch.finfo(score.dtype).tiny
-        base = torch.where(score.abs() < tiny, tiny, score)[:, None]
+        # A score of exactly 0 divides nothing.
+        base = score.abs().clamp(min=SCORE_EPS).copysign(score)[:, None]
         weights = score.new_zeros(n, channels)
         return weights.scatter(1, chosen, (score[:, None] - without) / base)
 
@@ -180,24 +188,26 @@ class AblationCAM(TrialCAM):
         with _Feed(self.bare, name, self.target_layers[name], rows):
             return inputs.run(self.bare)
 
-    def _short_trunk(self, inputs: Inputs, result: Any, name: str, own: Tensor) -> Inputs | None:
-        """The first image, if the layer's output alone decides on the rest of the pass."""
+    def _short_trunk(
+        self, inputs: Inputs, targets: Resolved, score: Tensor, name: str, own: Tensor
+    ) -> Inputs | None:
+        """The first image, if the layer's output alone decides on the scores."""
         first = inputs.rows(torch.zeros(1, dtype=torch.int64, device=own.device))
         try:
             twice = self._from_layer(first, name, torch.cat([own, own]))
+            image = torch.arange(len(own), device=own.device).repeat(2)
+            found = row_scores(twice, targets, image).to(score.dtype)
         except Exception:  # whatever a model raises when sizes do not fit its own
             return None
-        if not isinstance(result, Tensor) or not isinstance(twice, Tensor):
+        if not isinstance(twice, Tensor) or len(twice) != len(image):
             return None
-        expected = torch.cat([result, result])
-        if twice.shape != expected.shape:
-            return None
-        reach = 1e-4 * float(expected.nan_to_num(0, 0, 0).abs().max())
-        same = torch.allclose(twice, expected, rtol=1e-4, atol=reach, equal_nan=True)
+        # Each by itself: the score of a masked class would hide what the others differ by.
+        same = torch.allclose(found, score.repeat(2), rtol=1e-4, atol=0, equal_nan=True)
         return first if same else None
 
-    def _axis(self, own: Tensor, channels: int, inputs: Inputs) -> int:
-        axis = channel_axis(own, inputs.images.shape[2:])
+    def _axis(self, own: Tensor, channels: int, inputs: Inputs, layer: nn.Module) -> int:
+        by_size = own.dim() == 3 or self._layouts_by_size
+        axis = channel_axis(own, inputs.images.shape[2:], layer) if by_size else 1
         if self.reshape_transform is not None and own.shape[-1] == channels:
             axis = own.dim() - 1
         if own.shape[axis] != channels:

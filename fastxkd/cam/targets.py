@@ -15,6 +15,8 @@ Resolved = Tensor | list[Callable[[Any], Tensor]]
 
 def resolve_targets(output: Any, targets: Any, n: int) -> Resolved:
     """Class indices ``[n]`` on the output's device, or callables, one per image; checked."""
+    if isinstance(targets, bool):
+        raise TypeError(f"targets: expected ints or callables, got {targets}")
     if callable(targets):
         targets = [targets] * n
     several = targets is not None and not isinstance(targets, (Integral, Tensor))
@@ -37,11 +39,11 @@ def resolve_targets(output: Any, targets: Any, n: int) -> Resolved:
     elif isinstance(targets, Tensor):
         index = targets
     else:
-        if not all(isinstance(t, Integral) for t in targets):
+        if not all(isinstance(t, Integral) and not isinstance(t, bool) for t in targets):
             kinds = sorted({type(t).__name__ for t in targets})
             raise TypeError(f"targets: expected ints or callables, got {', '.join(kinds)}")
         index = torch.tensor([int(t) for t in targets], device=output.device)
-    if index.shape != (n,) or index.is_floating_point():
+    if index.shape != (n,) or index.dtype == torch.bool or index.is_floating_point():
         raise ValueError(
             f"targets: expected {n} class indices, one per image, got {index.dtype}"
             f" {list(index.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,12 +28,14 @@ from fastxkd.cam._unicam_side import Bank, Features, Seen, Side
 from fastxkd.cam._unicam_weights import (
     Objective,
     check_objective,
+    check_samples,
     pair_weights,
     unicam_weights,
 )
 from fastxkd.cam.capture import Layers, resolve_layers
 from fastxkd.cam.explainer import Inputs
-from fastxkd.cam.maps import Normalize, check_normalize, maps_of_layers
+from fastxkd.cam.layouts import check_transform
+from fastxkd.cam.maps import Normalize, check_normalize, check_size, maps_of_layers
 from fastxkd.metrics.similarity import (
     LayerScores,
     centre,
@@ -61,7 +64,8 @@ class UniCAM:
     shows where the part of a model's features that the other model does not have is related to
     the labels: the closed form of :func:`fastxkd.cam.unicam_weights`. Without a reference set it
     depends on the batch: distances are between its images; take at least a few dozen, of several
-    classes.
+    classes. One image that is not finite makes every map NaN then, and against a reference set only
+    its own.
 
     Args:
         student, base: the two models; run without gradients in eval mode, and left as they were.
@@ -112,11 +116,13 @@ class UniCAM:
         class_embeddings: Tensor | None = None,
     ) -> None:
         check_objective(objective)
+        check_transform(reshape_transform)
+        check_transform(base_reshape_transform, "base_reshape_transform")
         self.student = student
         self.base = base
-        self.target_layers = resolve_layers(student, target_layers, "target_layers")
+        self.target_layers = resolve_layers(student, target_layers, "target_layers", "student")
         paired = list(self.target_layers) if base_layers is None else base_layers
-        self.base_layers = resolve_layers(base, paired, "base_layers")
+        self.base_layers = resolve_layers(base, paired, "base_layers", "base")
         if len(self.target_layers) != len(self.base_layers):
             raise ValueError(
                 f"base_layers: expected {len(self.target_layers)} to pair with target_layers,"
@@ -150,6 +156,8 @@ class UniCAM:
         Raises:
             ValueError, TypeError: fewer than 4 samples, and as a call.
         """
+        if not isinstance(samples, Integral):
+            raise TypeError(f"samples: expected an int of at least 4, got {samples!r}")
         if samples < 4:
             raise ValueError(f"samples: expected at least 4, got {samples}")
         keeper = Keeper(samples)
@@ -194,15 +202,16 @@ class UniCAM:
         """Explain a batch.
 
         Args:
-            images: ``[n, channels, height, width]``, n >= 4; volumes, and several inputs as a
-                tuple or a dict, as in :class:`fastxkd.GradCAM`. Both models get them.
+            images: ``[n, channels, height, width]``, n >= 5 (``residual_argmax``: 4); volumes, and
+                several inputs as a tuple or a dict, as in :class:`fastxkd.GradCAM`. Both models get
+                them.
             labels_or_embeddings: class indices ``[n]`` or embeddings of the labels ``[n, e]``.
             reference: of :meth:`reference`: each image is explained as if it alone had joined that
                 set, whoever is in its batch; n may be 1.
             size, normalize: as in :class:`fastxkd.GradCAM`.
 
         Raises:
-            ValueError, TypeError: fewer than 4 images, labels that do not match, a layer that is
+            ValueError, TypeError: too few images, labels that do not match, a layer that is
                 never reached or has no spatial axes, features that do not depend on their layer.
         """
         inputs = Inputs(images)
@@ -217,6 +226,8 @@ class UniCAM:
             d_labels = _label_distances(labels, reference)
             inputs = inputs.normal()
             student, base = self._student.look(inputs), self._base.look(inputs)
+            if reference is None:
+                check_samples("images", len(labels), self.objective)
             banks: list[Any] = [[None] * len(student)] * 2
             if reference is not None:
                 banks = [reference.student, reference.base]
@@ -307,8 +318,7 @@ def _check_call(
             f" got {list(images.shape)}"
         )
     check_normalize(normalize)
-    if isinstance(size, str) and size != "input":
-        raise ValueError(f"size: expected 'input', None or (height, width), got {size!r}")
+    check_size(size)
 
 
 def _check_embeddings(table: Any) -> None:

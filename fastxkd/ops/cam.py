@@ -2,7 +2,8 @@
 
 Without a graph, one fused operator runs from activations and gradients to the finished map. With
 one, the operator stops at the raw sum over channels, which is where the bytes are; ReLU, min-max
-and resizing of the small map are left to torch and its autograd.
+and resizing of the small map are left to torch and its autograd. Derivatives of second order and
+of forward mode are those of the plain expression.
 """
 
 from __future__ import annotations
@@ -11,8 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastxkd.ops._library import DTYPES, cuda_kernels, define, kernel_of, kernels, serve
+from fastxkd.ops._library import (
+    DTYPES,
+    cuda_kernels,
+    define,
+    kernel_of,
+    kernels,
+    serve,
+    transformed,
+    wants_function,
+)
 from fastxkd.reference import cam as reference
 
 METHODS = {
@@ -139,8 +150,6 @@ def _cam_backward(
 
 
 class _RawMap(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(activations: Tensor, gradients: Tensor, method: str) -> Tensor:
         size = list(activations.shape[2:])
@@ -152,9 +161,22 @@ class _RawMap(torch.autograd.Function):
         ctx.method = inputs[2]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        # Images know nothing of each other: a batch of batches is a longer batch.
+        activations, gradients = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(arguments[:2], in_dims[:2], strict=True)
+        )
+        raw = _RawMap.apply(activations.flatten(0, 1), gradients.flatten(0, 1), arguments[2])
+        return raw.unflatten(0, activations.shape[:2]), 0
+
+    @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *torch.ops.fastxkd.cam_backward(upstream, *ctx.saved_tensors, ctx.method), None
+        # With create_graph=True the gradient must be differentiable: plain torch is.
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        plain = again or transformed()
+        backward: Any = reference.cam_backward if plain else torch.ops.fastxkd.cam_backward
+        return *backward(upstream, *ctx.saved_tensors, ctx.method), None
 
 
 def cam_map(
@@ -169,8 +191,10 @@ def cam_map(
     """The finished map of checked arguments; see ``fastxkd.cam_from`` for their meaning."""
     _check(activations, gradients, method, size)
     shape = list(size) if size is not None else list(activations.shape[2:])
-    if torch.is_grad_enabled() and (activations.requires_grad or gradients.requires_grad):
-        raw = _RawMap.apply(activations, gradients, method)
+    if any(wants_function(x) for x in (activations, gradients)):
+        forward_mode = forward_ad._current_level >= 0
+        raw_map = reference.raw_map if forward_mode else _RawMap.apply
+        raw = raw_map(activations, gradients, method)
         return reference.finish(raw, shape, relu, normalize)
     return torch.ops.fastxkd.cam(activations, gradients, method, shape, relu, normalize)  # type: ignore[no-any-return]
 

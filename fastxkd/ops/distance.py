@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastxkd.ops import _distance_gpu as gpu
-from fastxkd.ops._library import DTYPES, chosen, define, kernels, serve, using
+from fastxkd.ops._library import DTYPES, chosen, define, kernels, serve, using, wants_function
 from fastxkd.ops._tiles import run_grad_tile
+from fastxkd.ops._transforms import one_by_one
 from fastxkd.ops.pairs import Pairs, Tile
 from fastxkd.reference import distance as reference
 
@@ -104,18 +105,47 @@ class _Distance(torch.autograd.Function):
         ctx.choice = None if torch.compiler.is_compiling() else chosen()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *features: Any) -> Any:
+        return one_by_one(_Distance, info, in_dims, *features)
+
+    @staticmethod
     def backward(ctx: Any, on_products: Tensor, on_row_sums: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad)
         with using(ctx.choice) if ctx.choice is not None else nullcontext():
-            grads = torch.ops.fastxkd.distance_backward(
-                list(ctx.saved_tensors), on_products, on_row_sums, wanted
-            )
+            if torch.compiler.is_compiling():  # refuses second derivatives itself
+                grads = torch.ops.fastxkd.distance_backward(
+                    list(ctx.saved_tensors), on_products, on_row_sums, wanted
+                )
+            else:
+                grads = _Gradient.apply(wanted, on_products, on_row_sums, *ctx.saved_tensors)
         return tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
 
 
+class _Gradient(torch.autograd.Function):
+    """A node of its own, for a second derivative to run into: ``once_differentiable`` lets one
+    pass by where autograd has another way to the features."""
+
+    @staticmethod
+    def forward(wanted: list[bool], *arguments: Tensor) -> tuple[Tensor, ...]:
+        on_products, on_row_sums, *features = arguments
+        grads = torch.ops.fastxkd.distance_backward(features, on_products, on_row_sums, wanted)
+        return tuple(grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return one_by_one(_Gradient, info, (None, *in_dims[1:]), *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("distance: the gradient comes in closed form and is differentiable once")
+
+
 def distance_sums(features: list[Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
-    """``(products [K, K], row_sums [K, n])``, float64, differentiable in every feature.
+    """``(products [K, K], row_sums [K, n])``, float64, differentiable in every feature, once.
 
     Args:
         features: K tensors ``[n, ...]``, flattened per row; float32, float64, bfloat16 or float16.
@@ -123,7 +153,7 @@ def distance_sums(features: list[Tensor], names: list[str]) -> tuple[Tensor, Ten
         names: what the caller's user calls them, for error messages.
     """
     check_features(features, names)
-    if torch.is_grad_enabled() and any(f.requires_grad for f in features):
+    if any(wants_function(f) for f in features):
         products, row_sums = _Distance.apply(*features)
     else:
         products, row_sums = torch.ops.fastxkd.distance(features)

@@ -16,6 +16,10 @@ Maps are the same within 1e-5. On purpose it differs where theirs goes wrong:
   ``IndexError`` inside a ``with`` block is not swallowed;
 - principal components (EigenCAM, EigenGradCAM, ``eigen_smooth``) have the sign that
   :func:`fastxkd.cam_from` documents, instead of whichever comes;
+- an operation in place after the target layer (the ReLU after DenseNet's last norm, or after a
+  ResNet block's ``bn2``) does not overwrite what is explained;
+- of a layer that runs more than once in a pass the last run is explained, with a warning, not the
+  first one's activations;
 - volumes are resized linearly, not by a cubic spline;
 - NaN in an activation shows as NaN in the map of that image;
 - what subclasses override are ``get_cam_weights`` and ``get_cam_image`` (of

@@ -47,6 +47,7 @@ class BaseCAM(Explainer):
     """
 
     _class_per_view = True
+    _layouts_by_size = False
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class BaseCAM(Explainer):
                 self, inputs, lambda out: class_score(out, targets, objective, n), "", False
             )
         result, activations = self._forward(inputs, cut=False)
-        spatial = [self._spatial(a, inputs) for a in activations]
+        spatial = self._spatial(activations, inputs)
         return Signals(result, spatial, [None] * len(spatial), "")
 
     def _maps(

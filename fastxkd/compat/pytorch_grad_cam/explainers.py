@@ -86,9 +86,9 @@ class AblationCAM(native.AblationCAM, BaseCAM):
         )
         self.ablation_layer = ablation_layer
 
-    def _axis(self, own: Tensor, channels: int, inputs: Inputs) -> int:
+    def _axis(self, own: Tensor, channels: int, inputs: Inputs, layer: nn.Module) -> int:
         if self.ablation_layer is None:
-            return super()._axis(own, channels, inputs)
+            return super()._axis(own, channels, inputs, layer)
         axis = self.ablation_layer.axis % own.dim()
         if own.shape[axis] != channels:
             raise ValueError(
@@ -96,6 +96,10 @@ class AblationCAM(native.AblationCAM, BaseCAM):
                 f" got {list(own.shape)}"
             )
         return axis
+
+
+class _Finer(native.FinerCAM):
+    _layouts_by_size = False
 
 
 class FinerCAM:
@@ -116,7 +120,19 @@ class FinerCAM:
                 f"base_method: {base_method.__name__} computes maps of its own; pass"
                 " FinerWeightedTarget targets to it instead"
             )
-        self._finer = native.FinerCAM(model, target_layers, reshape_transform, base_method)
+        self._finer = self._explainer()
+
+    def _explainer(self, alpha: float = 1, comparisons: Sequence[int] = (1, 2, 3)) -> _Finer:
+        base = self.base_cam
+        layers = [*base.target_layers.values()]
+        return _Finer(
+            base.model,
+            layers,
+            base.reshape_transform,
+            type(base),
+            alpha=alpha,
+            comparisons=comparisons,
+        )
 
     def __enter__(self) -> FinerCAM:
         return self
@@ -140,8 +156,8 @@ class FinerCAM:
     ) -> Maps:
         chosen: Any = list(targets) if targets is not None else target_idx
         ranks = (1, 2, 3) if comparison_categories is None else tuple(comparison_categories)
-        finer = self._finer
-        finer.alpha, finer.comparisons = alpha, ranks
+        # One for each call: two threads may ask for two kinds of comparison.
+        finer = self._finer = self._explainer(alpha, ranks)
         images = input_tensor.to(self.base_cam.device)
         maps: Maps = finer(images, chosen, False, eigen_smooth, output="numpy")
         return maps
