@@ -115,6 +115,7 @@ class Tap:
             often.
         model: what will run. Compiled, it runs eagerly in the block, since compiled code knows
             nothing of hooks that come later; from its call on, what an earlier pass left is gone.
+            None: it runs already, or once only.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Tap:
         *,
         cut: bool,
         one_pass: bool,
-        model: nn.Module,
+        model: nn.Module | None = None,
     ) -> None:
         self.layers = layers
         self.cut = cut
@@ -143,13 +144,14 @@ class Tap:
             raise RuntimeError("capture: entered already; make one for each block")
         self.thread, self._depth = threading.get_ident(), _depth()
         with ExitStack() as stack:
-            stack.enter_context(_eagerly(self.model))
-            handle = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            stack.callback(handle.remove)
+            if self.model is not None:
+                stack.enter_context(_eagerly(self.model))
+                handle = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+                stack.callback(handle.remove)
+                stack.callback(self.model.register_forward_hook(self._end).remove)
             for name, module in self.layers.items():
                 handle = module.register_forward_hook(_Hook(self, name))
                 stack.callback(handle.remove)
-            stack.callback(self.model.register_forward_hook(self._end).remove)
             self._stack = stack.pop_all()
         return self
 

@@ -93,8 +93,8 @@ class Probe:
                 for (name, activation), gradient in zip(
                     seen.activations.items(), gradients, strict=True
                 ):
-                    spatial = side.spatial(activation.detach(), seen).float()
-                    pull = side.spatial(gradient, seen).float()
+                    spatial = side.spatial(activation.detach(), seen, name).float()
+                    pull = side.spatial(gradient, seen, name).float()
                     found[f"{name}/{role}"] = cam_from(spatial, pull, self._method)
                     if unicam and role != "teacher":
                         found[f"{name}/{role}{_FEATURES}"] = spatial

@@ -97,14 +97,15 @@ class Side:
         compiled = self.model is not self.core or any(map(_is_compiled, self.modules))
         return _eagerly(self.model) if compiled else nullcontext()
 
-    def spatial(self, tensor: Tensor, seen: Seen) -> Tensor:
-        """A layer's activation or gradient as ``[n, channels, ...]``."""
+    def spatial(self, tensor: Tensor, seen: Seen, name: str) -> Tensor:
+        """The named layer's activation or gradient as ``[n, channels, ...]``."""
         images = seen.images
         return to_spatial(
             tensor,
             transform=self._transform,
             image=images.shape[2:] if images is not None and images.dim() > 3 else None,
             model=self.core,
+            layer=self.layers[name],
             n=len(seen.logits),
         )
 

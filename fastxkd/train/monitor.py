@@ -400,7 +400,7 @@ class ExplanationMonitor:
         ):
             for i, name in enumerate(self.layers):
                 spatial = {
-                    role: self._sides[role].spatial(seen.activations[name].detach(), seen)
+                    role: self._sides[role].spatial(seen.activations[name].detach(), seen, name)
                     for role, seen in passes.items()
                 }
                 if self._explains:
@@ -408,7 +408,9 @@ class ExplanationMonitor:
                     shapes = {role: spatial[role].shape[2:] for role in pulls}
                     size = tuple(map(max, zip(*shapes.values(), strict=True)))
                     maps = {
-                        role: self._map(role, spatial[role], pulls[role][i], passes[role], size)
+                        role: self._map(
+                            role, name, spatial[role], pulls[role][i], passes[role], size
+                        )
                         for role in pulls
                     }
                     agree = MEASURES[self.agreement](maps["student"], maps["teacher"])
@@ -430,9 +432,15 @@ class ExplanationMonitor:
         self._log.expect(self._step, parcel, arrived)
 
     def _map(
-        self, role: str, spatial: Tensor, gradient: Tensor, seen: Seen, size: tuple[int, ...]
+        self,
+        role: str,
+        name: str,
+        spatial: Tensor,
+        gradient: Tensor,
+        seen: Seen,
+        size: tuple[int, ...],
     ) -> Tensor:
-        pull = self._sides[role].spatial(gradient, seen)
+        pull = self._sides[role].spatial(gradient, seen, name)
         # 16 bits hold neither the map nor, of many positions, the gradient.
         exact = torch.promote_types(torch.float32, spatial.dtype)
         given = None if self.method == "eigencam" else pull.to(exact)
