@@ -381,7 +381,8 @@ def captured(c: Case, name: Any) -> tuple[Callable[[], Any], Shapes]:
     def call() -> Any:
         with name(model, at) as tap:
             out = model(given)
-        return tap.cam(method, score=out.gather(1, labels.reshape(-1, 1)).sum(), **options)
+        score = out.gather(1, labels.reshape(-1, 1)) if isinstance(labels, Tensor) else out
+        return tap.cam(method, score=score.sum(), **options)
 
     return call, lambda found: isinstance(found, (Tensor, dict, list))
 

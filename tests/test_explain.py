@@ -842,7 +842,8 @@ def test_interruption_has_its_status_and_leaves_nobody_behind(place, number):
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], errors
-    assert errors.strip().endswith("interrupted; the same command resumes where it stopped")
+    # A loader that was sending may still have its say behind it.
+    assert "interrupted; the same command resumes where it stopped" in errors
     assert 0 < len(reader.open(place / "run").done) < 15
     for pid in {int(line) for line in (place / "who").read_text().splitlines()}:
         until = time.monotonic() + 10
