@@ -47,7 +47,6 @@ class BaseCAM(Explainer):
     """
 
     _class_per_view = True
-    _layouts_by_size = False
 
     def __init__(
         self,
@@ -61,6 +60,9 @@ class BaseCAM(Explainer):
     ) -> None:
         refuse_removed(removed)
         super().__init__(model, target_layers, reshape_transform, batch_size=batch_size)
+        # Theirs takes every layout as it is. Sizes mislead in odd networks of convolutions; models
+        # that put channels last normalise layers.
+        self._layouts_by_size = any(isinstance(m, nn.LayerNorm) for m in self.bare.modules())
         self.uses_gradients = uses_gradients
         self.activations_and_grads = Kept([], [])
 

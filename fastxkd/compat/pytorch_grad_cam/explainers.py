@@ -98,10 +98,6 @@ class AblationCAM(native.AblationCAM, BaseCAM):
         return axis
 
 
-class _Finer(native.FinerCAM):
-    _layouts_by_size = False
-
-
 class FinerCAM:
     """See :class:`fastxkd.cam.FinerCAM`."""
 
@@ -122,10 +118,12 @@ class FinerCAM:
             )
         self._finer = self._explainer()
 
-    def _explainer(self, alpha: float = 1, comparisons: Sequence[int] = (1, 2, 3)) -> _Finer:
+    def _explainer(
+        self, alpha: float = 1, comparisons: Sequence[int] = (1, 2, 3)
+    ) -> native.FinerCAM:
         base = self.base_cam
         layers = [*base.target_layers.values()]
-        return _Finer(
+        made = native.FinerCAM(
             base.model,
             layers,
             base.reshape_transform,
@@ -133,6 +131,8 @@ class FinerCAM:
             alpha=alpha,
             comparisons=comparisons,
         )
+        made._layouts_by_size = base._layouts_by_size
+        return made
 
     def __enter__(self) -> FinerCAM:
         return self
