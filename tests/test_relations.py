@@ -683,7 +683,7 @@ def test_second_derivatives_are_an_error_and_not_a_zero(name: str) -> None:
     leaf = student.requires_grad_(True)
     loss = PAIRS[name][0](leaf, teacher).square()
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiable once"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiable once"):
         grad.sum().backward()
 
 
