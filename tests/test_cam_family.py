@@ -233,7 +233,7 @@ def test_the_sign_after_a_layer_norm() -> None:
     peak = expected.flatten(1).gather(1, expected.flatten(1).abs().argmax(1, keepdim=True))
     assert (peak > 0).all()
     found = fastxkd.cam_from(a.float(), None, "eigencam", normalize=None, relu=False)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 def of_few_parts(shape: tuple[int, ...]) -> Tensor:

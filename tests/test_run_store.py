@@ -1013,7 +1013,7 @@ def test_pictures_stay_in_their_folder(tmp_path: Path) -> None:
     needs("PIL.Image")
     names = [
         "../../../etc/passwd",
-        "/root/.bashrc",
+        "/etc/hosts",
         "..",
         "a\\..\\b.png",
         "x" * 5000,
@@ -1039,7 +1039,7 @@ def test_pictures_stay_in_their_folder(tmp_path: Path) -> None:
     found = sorted(path.removeprefix("pictures/") for path in set(tree(tmp_path)) - before)
     assert found == [
         "00000000-passwd.png",
-        "00000001-bashrc.png",
+        "00000001-hosts.png",
         "00000002.png",
         "00000003-b.png",
         f"00000004-{'x' * 80}.png",
