@@ -23,8 +23,22 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "sp": lambda x: losses.sp_loss(x, TEACHER),
     "cc": lambda x: losses.cc_loss(x, TEACHER),
     "pkt": lambda x: losses.pkt_loss(x, TEACHER),
+    "dc": lambda x: losses.dc_loss(x, TEACHER),
+    "rows of kd": lambda x: losses.kd_loss(x, TEACHER, LABELS, reduction="none").square().sum(),
+    "rows of linear": lambda x: losses.linear_kd_loss(
+        x, HEADS[0], TEACHER, HEADS[1], LABELS, reduction="none"
+    ).sum(),
+}
+MAP_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "at": lambda x: losses.at_loss(_planes(x), _planes(TEACHER)),
+    "hcl": lambda x: losses.hcl_loss(_planes(x), _planes(TEACHER)),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def _planes(x: Tensor) -> Tensor:
+    """``[6, 5]`` as two samples of three channels of 5 x 1."""
+    return x.reshape(2, 3, 5, 1)
 
 
 @every_loss
@@ -33,6 +47,49 @@ def test_a_gradient_penalty_is_refused(name: str) -> None:
     (grad,) = torch.autograd.grad(LOSSES[name](leaf), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiable once|twice"):
         (grad.square().sum() + leaf.sum()).backward()
+
+
+# torch builds its own rules of forward mode with torch.jit at their first use.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", [*LOSSES, *MAP_LOSSES])
+def test_nested_transforms_are_refused(name: str) -> None:
+    loss, x = {**LOSSES, **MAP_LOSSES}[name], torch.randn(6, 5)
+
+    def penalty(x: Tensor) -> Tensor:
+        return torch.func.grad(loss)(x).square().sum()
+
+    assert penalty(x) > 0
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(penalty)(x)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.jacrev(torch.func.grad(loss))(x)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.vmap(torch.func.grad(penalty))(torch.stack([x, -x]))
+    for forward in (torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            forward(penalty)(x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        torch.testing.assert_close(transform(loss)(x), expected)
+    batch = torch.stack([x, expected])
+    each = torch.stack([torch.func.grad(loss)(b) for b in batch])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batch), each)
+
+
+def test_nested_transforms_where_they_are_defined() -> None:
+    """FitNet is plain torch under ``torch.func``: its second derivative is there."""
+    target = _planes(TEACHER).double()
+
+    def penalty(x: Tensor) -> Tensor:
+        loss = torch.func.grad(lambda x: losses.fitnet_loss(_planes(x), target))
+        return loss(x).square().sum()
+
+    x = torch.randn(6, 5, dtype=torch.float64)
+    found, step = torch.func.grad(penalty)(x), torch.randn(6, 5, dtype=torch.float64)
+    rise = (penalty(x + 1e-4 * step) - penalty(x - 1e-4 * step)) / 2e-4
+    torch.testing.assert_close((found * step).sum(), rise)
 
 
 @every_loss

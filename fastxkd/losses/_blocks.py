@@ -101,7 +101,8 @@ class _SquaredError(torch.autograd.Function):
         exact = upstream.dtype
 
         def part(rows: slice) -> Tensor:
-            return (student[rows].to(exact) - teacher[rows].to(exact)).mul_(factor)
+            error = student[rows].to(exact) - teacher[rows].to(exact)
+            return error * factor if transformed() else error.mul_(factor)
 
         return in_blocks(student, part), None
 

@@ -18,7 +18,7 @@ from fastxkd.ops._checks import (
     check_pair,
     check_precision,
 )
-from fastxkd.ops._library import differentiable_once, exact_dtype
+from fastxkd.ops._library import differentiable_once, exact_dtype, transformed
 
 __all__ = ["ABF", "ReviewKDLoss", "hcl_loss"]
 
@@ -139,7 +139,8 @@ class _Pyramid(torch.autograd.Function):
         def part(rows: slice) -> Tensor:
             error = _planes(student[rows], bins.dtype) - _planes(teacher[rows], bins.dtype)
             here = on_pools[rows.start * channels : rows.stop * channels]
-            return torch.addmm(error.mul_(on_own), here, bins.T).view(student[rows].shape)
+            error = error * on_own if transformed() else error.mul_(on_own)
+            return torch.addmm(error, here, bins.T).view(student[rows].shape)
 
         with without_autocast(student):
             return in_blocks(student, part), None, None, None, None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -41,6 +41,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 library = torch.library.Library("fastxkd", "DEF")
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
+ONCE = "fastxkd: the gradient comes in closed form and is differentiable once"
 
 
 class _Choice(NamedTuple):
@@ -263,21 +264,24 @@ def wants_function(tensor: Tensor) -> bool:
 
 
 def differentiable_once(backward: Kernel) -> Kernel:
-    """``once_differentiable``, also where the gradient from above is a constant.
+    """``once_differentiable``, also where the gradient from above is a constant and under
+    ``torch.func``.
 
     torch's own puts the error in the way only if that gradient requires grad; that of a loss, a
-    one, does not, and a gradient penalty would silently vanish.
+    one, does not, and a gradient penalty would silently vanish. Nested ``torch.func.grad`` would
+    give a silent zero: there the result is tied to all that ``backward`` saved, so an output that
+    is the gradient must not be marked as non-differentiable.
     """
     inner = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
     def guarded(ctx: Any, *upstream: Any) -> Any:
+        if transformed():
+            with torch.no_grad():
+                found = backward(ctx, *upstream)
+            return _tied(found, (*upstream, *ctx.saved_tensors))
         found = inner(ctx, *upstream)
-        if (
-            not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return found
         grads = found if isinstance(found, tuple) else (found,)
         refused = tuple(
@@ -288,9 +292,38 @@ def differentiable_once(backward: Kernel) -> Kernel:
     return cast(Kernel, guarded)
 
 
+def _tied(found: Any, causes: Sequence[Any]) -> Any:
+    """``found``, gradients, as results of ``causes`` whose derivative is an error."""
+    grads = [g for g in (found if isinstance(found, tuple) else (found,)) if g is not None]
+    if not grads:
+        return found
+    causes = [c for c in causes if isinstance(c, Tensor) and c.is_floating_point()]
+    tied = iter(_Once.apply(len(grads), *grads, *causes))
+    if not isinstance(found, tuple):
+        return next(tied)
+    return tuple(None if g is None else next(tied) for g in found)
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(ONCE)
+
+
 def _refuse(grad: Tensor) -> Tensor:
-    message = b"fastxkd: the gradient comes in closed form and is differentiable once"
-    refused: Tensor = torch._C._functions.DelayedError(message, 1)(grad.detach().requires_grad_())
+    refused: Tensor = torch._C._functions.DelayedError(ONCE.encode(), 1)(
+        grad.detach().requires_grad_()
+    )
     return refused
 
 

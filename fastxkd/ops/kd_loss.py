@@ -320,9 +320,9 @@ class _KDLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, parts, grad = output
-        ctx.mark_non_differentiable(parts, grad)
+        ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
-        ctx.grad = grad
+        ctx.save_for_backward(grad)
 
     @staticmethod
     def vmap(
@@ -335,8 +335,9 @@ class _KDLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * ARGUMENTS
+        (grad,) = ctx.saved_tensors
         factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
-        return (ctx.grad * factor).to(ctx.grad.dtype), *(None,) * (ARGUMENTS - 1)
+        return (grad * factor).to(grad.dtype), *(None,) * (ARGUMENTS - 1)
 
 
 class KDLossParts(NamedTuple):

@@ -333,7 +333,7 @@ class _LinearKDLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*output[1:3])
         ctx.set_materialize_grads(False)
         ctx.options, ctx.needs = inputs[TENSORS:NEEDS], inputs[NEEDS]
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
