@@ -352,6 +352,16 @@ def explain(
     ] = None,
     mean: Mean = None,
     std: Std = None,
+    channels: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="3 for RGB, 1 for grey. Default: 3 for files, else as the data."),
+    ] = None,
+    max_pixels: Annotated[
+        int, typer.Option(help="An image that claims more is refused before it is decoded.")
+    ] = 1 << 26,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Also read files that links place elsewhere.")
+    ] = False,
     chunk: Annotated[
         int, typer.Option(help="Images that are written together, and done or not done as one.")
     ] = 256,
@@ -419,6 +429,9 @@ def explain(
             image_size=image_size,
             mean=_numbers("mean", mean),
             std=_numbers("std", std),
+            channels=channels,
+            max_pixels=max_pixels,
+            follow_links=follow_links,
             chunk=chunk,
             batch_size=batch_size,
             workers=workers,

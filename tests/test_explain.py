@@ -887,3 +887,22 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
     assert peaks[1] <= 1.1 * peaks[0]
+
+
+def test_options_of_the_data(place, tmp_path, capsys):
+    """Grey images, one that is too large, and one outside that a link leads to."""
+    write_images(tmp_path / "elsewhere", {"a": 1}, size=(16, 16))
+    write_images(tmp_path / "large", {"a": 1}, size=(40, 40))
+    images = place / "images" / "a"
+    (images / "zlink.png").symlink_to(next((tmp_path / "elsewhere").rglob("*.png")))
+    shutil.copy(next((tmp_path / "large").rglob("*.png")), images / "zlarge.png")
+    options: Any = {"channels": 1, "max_pixels": 1000, "dtype": "float32", "size": "8x8"}
+    assert cli.main(words(place, "inside", **options)) == 3
+    assert cli.main([*words(place, "linked", **options), "--follow-links"]) == 3
+    capsys.readouterr()
+    inside, linked = reader.open(place / "inside"), reader.open(place / "linked")
+    assert (len(inside.maps["gradcam"]), len(linked.maps["gradcam"])) == (22, 22)
+    broken = [[Path(error["path"]).name for error in run.errors] for run in (inside, linked)]
+    assert broken == [["zlarge.png", "zlink.png"], ["zlarge.png"]]
+    assert inside.settings["data"]["shape"] == [1, 16, 16]
+    assert inside.settings["data"]["max_pixels"] == 1000

@@ -29,7 +29,7 @@ from fastxkd.runs.chunks import Array, RunWriter, Summary
 from fastxkd.runs.loading import Images, Loaded, load, ranges, readable
 from fastxkd.runs.methods import Methods, Size, check_methods
 from fastxkd.runs.ranks import Ranks, meet
-from fastxkd.runs.sources import Source, open_source
+from fastxkd.runs.sources import PIXEL_LIMIT, Source, open_source
 from fastxkd.runs.work import Answer, Chunk, Targets, Work, columns_of
 from fastxkd.train.distiller import fingerprint
 
@@ -58,6 +58,9 @@ def explain(
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    channels: int | None = None,
+    max_pixels: int = PIXEL_LIMIT,
+    follow_links: bool = False,
     chunk: int = 256,
     batch_size: int = 32,
     workers: int = 0,
@@ -96,7 +99,8 @@ def explain(
         weights, base_weights: files, for models given by name.
         num_classes: outputs of models given by name, where they are not the classes of the data.
         class_names: of the outputs, for the report; None: those of the data.
-        image_size, mean, std: as in :func:`fastxkd.runs.sources.open_source`.
+        image_size, mean, std, channels, max_pixels, follow_links: as in
+            :func:`fastxkd.runs.sources.open_source`.
         chunk: images per chunk, which is done or not done as a whole.
         batch_size: images per pass.
         workers: processes that load images.
@@ -132,7 +136,15 @@ def explain(
     ranks = meet()
     place = asked.pick_device(device, ranks)
     with _terminable(), _steady():
-        source = open_source(data, image_size=image_size, mean=mean, std=std)
+        source = open_source(
+            data,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            channels=channels,
+            max_pixels=max_pixels,
+            follow_links=follow_links,
+        )
         own = asked.make_model(model, "model", weights, num_classes, source, place)
         other = None
         if "unicam" in names and base is not None:
