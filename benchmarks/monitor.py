@@ -3,12 +3,14 @@
 The floor is the step: the student's forward, the teacher's, the loss, backward, SGD. "ours" takes
 Grad-CAM agreement, FSS and RS in every step, the scores of distances of that step's own batch (a
 pool no larger than it); the others pool 256 images, as by default, or have a base too, which costs
-its forward pass. Of fifty steps with ``every=50`` one is measured.
+its forward pass. Of fifty steps with ``every=50`` one is measured; the machine drifts by more than
+that one step costs while fifty pass, so single steps of both loops in turn are added up as well.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -77,9 +79,25 @@ def case(n: int, size: int, steps: int, options: dict[str, dict[str, Any]]) -> C
             ends.append(ran.student.state_dict())
         equal = all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
         text = "bit-identical" if equal else "DIFFERENT"
-        return {"ours": f"weights after {COMPARED} steps: {text} to the floor's"}
+        text = f"weights after {COMPARED} steps: {text} to the floor's"
+        if steps > 1:
+            alone, watched = in_turn(loop(), loop(options["ours"]), 2 * steps)
+            text += f"; {2 * steps} steps in turn: {watched / alone:.3f}x"
+        return {"ours": text}
 
     return Case(variants, notes=notes)
+
+
+def in_turn(alone: Loop, watched: Loop, count: int) -> list[float]:
+    """Seconds of ``count`` steps of both loops, taken by turns; the one to begin changes too."""
+    seconds = [0.0, 0.0]
+    alone.steps(1)
+    for number in range(count):
+        for which in (0, 1) if number % 2 else (1, 0):
+            start = time.perf_counter()
+            (alone, watched)[which].steps(1)
+            seconds[which] += time.perf_counter() - start
+    return seconds
 
 
 def specs(quick: bool) -> list[Spec]:
