@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fastxkd import GradCAM, UniCAM, metrics
-from fastxkd.runs.answers import balanced, compared_size
+from fastxkd.metrics.pooling import compared_size
+from fastxkd.runs.answers import balanced
 from fastxkd.runs.cnn import SmallCNN
 from fastxkd.runs.comparison import compare_models
 from fastxkd.runs.data import ArraySplit, ImageData, load_data

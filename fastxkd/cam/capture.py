@@ -145,7 +145,7 @@ class Tap:
         self.thread, self._depth = threading.get_ident(), _depth()
         with ExitStack() as stack:
             if self.model is not None:
-                stack.enter_context(_eagerly(self.model))
+                stack.enter_context(eagerly(self.model))
                 handle = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
                 stack.callback(handle.remove)
                 stack.callback(self.model.register_forward_hook(self._end).remove)
@@ -373,11 +373,11 @@ _eager_lock = threading.Lock()
 
 
 @contextmanager
-def _eagerly(model: nn.Module) -> Iterator[None]:
+def eagerly(model: nn.Module) -> Iterator[None]:
     """A compiled model's own code, with its hooks, for a while; nothing is compiled anew."""
     # Older versions of torch have no stance; there, hooks in compiled code stay unseen.
     stance = getattr(torch.compiler, "set_stance", None)
-    if stance is None or not any(map(_is_compiled, model.modules())):
+    if stance is None or not any(map(is_compiled, model.modules())):
         yield
         return
     with _eager_lock:
@@ -391,7 +391,7 @@ def _eagerly(model: nn.Module) -> Iterator[None]:
                 last.__exit__(None, None, None)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     # The type's name: to import the compiler for its own takes a second.
     in_place = getattr(module, "_compiled_call_impl", None) is not None
     return in_place or type(module).__name__ == "OptimizedModule"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxkd import capture
+from fastxkd.metrics.pooling import compared, compared_size
 from fastxkd.runs.data import ImageData, Split
 
 ROLES = ("teacher", "base", "student")
@@ -40,26 +41,10 @@ def balanced(labels: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
     return order[np.lexsort((labels[order], rank))][:count]
 
 
-def compared_size(shape: Sequence[int], limit: int) -> list[int]:
-    """[C, h, w] made smaller in h and w until C * h * w is within the limit, at least 1x1."""
-    if len(shape) != 3 or math.prod(shape) <= limit:
-        return list(shape)
-    channels, height, width = shape
-    scale = math.sqrt(limit / (channels * height * width))
-    return [channels, max(1, int(height * scale)), max(1, int(width * scale))]
-
-
-def _compared(activation: Tensor, limit: int) -> Tensor:
-    size = compared_size(activation.shape[1:], limit)
-    if size != list(activation.shape[1:]):
-        activation = F.adaptive_avg_pool2d(activation.float(), (size[1], size[2]))
-    return activation.flatten(1).float()
-
-
 def _shape_text(shape: Sequence[int], limit: int) -> str:
-    own, compared = list(shape), compared_size(shape, limit)
+    own, smaller = list(shape), compared_size(shape, limit)
     text = " x ".join(map(str, own))
-    return text if own == compared else f"{text}, averaged to {' x '.join(map(str, compared))}"
+    return text if own == smaller else f"{text}, averaged to {' x '.join(map(str, smaller))}"
 
 
 def ask(
@@ -89,7 +74,7 @@ def ask(
                 output = models[role](pixels)
             logits[role].append(_checked(output, role, len(pixels)))
             for name, found in captured.activations.items():
-                features[role][name].append(_compared(found[keep], feature_limit))
+                features[role][name].append(compared(found[keep], feature_limit).float())
                 shapes[role][name] = _shape_text(found.shape[1:], feature_limit)
         labels.append(batch.labels)
         indices.append(batch.indices)

@@ -44,7 +44,7 @@ _LONGEST_SIDE = 512
 _SKIPPED_SHOWN = 200
 
 # All the page works without it, so its two controls stay hidden until it runs.
-_SCRIPT = """
+SCRIPT = """
 const root = document.documentElement;
 for (const control of document.querySelectorAll("[data-control]")) control.hidden = false;
 const strength = document.querySelector("[data-control=strength] input");
@@ -111,7 +111,7 @@ def render_report(comparison: Comparison) -> str:
     )
     # Outputs that are not the data's classes have other names: equal or not says nothing.
     named = comparison.run.get("accuracy_defined", True)
-    digest = hashlib.sha256(_SCRIPT.encode()).digest()
+    digest = hashlib.sha256(SCRIPT.encode()).digest()
     page: str = environment.get_template("report.html.j2").render(
         comparison=comparison,
         verdict=verdict.of(comparison),
@@ -132,12 +132,12 @@ def render_report(comparison: Comparison) -> str:
         gallery=[
             _item(index, item, named) for index, item in enumerate(comparison.gallery, start=1)
         ],
-        legend=markup(_legend()),
+        legend=markup(legend()),
         has_base=verdict.has_base(comparison),
         opacity=render.OPACITY,
         run=_run(comparison.run),
         marks={"teacher": "■", "base": "●", "student": "◆"},
-        script=markup(_SCRIPT),
+        script=markup(SCRIPT),
         script_hash="sha256-" + base64.b64encode(digest).decode("ascii"),
     )
     return page
@@ -262,20 +262,20 @@ def _item(index: int, item: GalleryItem, named: bool) -> dict[str, Any]:
         else:
             flat = float(known.max()) - float(known.min()) < 1e-6
             panel["note"] = "flat map: no place stands out" if flat else ""
-            panel["alt"] += ": flat" if flat else f": strongest at the {_where(heat)}"
-            panel["heat"] = render.data_uri(render.heat_png(_fit(heat, height, width)))
+            panel["alt"] += ": flat" if flat else f": strongest at the {place_of(heat)}"
+            panel["heat"] = render.data_uri(render.heat_png(fit(heat, height, width)))
         panels.append(panel)
     return {
         "index": index,
         "label": item.label,
         "size": f"{width} × {height}",
-        "image": render.data_uri(render.png(_shrink(image))),
+        "image": render.data_uri(render.png(shrink(image))),
         "small": max(height, width) <= 64,
         "panels": panels,
     }
 
 
-def _shrink(image: render.Picture) -> render.Picture:
+def shrink(image: render.Picture) -> render.Picture:
     height, width = image.shape[:2]
     scale = _LONGEST_SIDE / max(height, width)
     if scale >= 1:
@@ -285,14 +285,14 @@ def _shrink(image: render.Picture) -> render.Picture:
     return np.asarray(pillow.fromarray(image).resize(size, pillow.Resampling.LANCZOS))
 
 
-def _fit(heat: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:
+def fit(heat: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:
     """The map at the size it will be shown at; models may see an image at different sizes."""
     scale = min(1.0, _LONGEST_SIDE / max(height, width))
     size = (max(round(height * scale), 1), max(round(width * scale), 1))
     return render.resize(heat, size)
 
 
-def _where(heat: np.ndarray[Any, Any]) -> str:
+def place_of(heat: np.ndarray[Any, Any]) -> str:
     height, width = heat.shape
     row, column = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
     down = ("upper", "middle", "lower")[min(3 * int(row) // height, 2)]
@@ -300,7 +300,7 @@ def _where(heat: np.ndarray[Any, Any]) -> str:
     return "centre" if (down, across) == ("middle", "centre") else f"{down} {across}"
 
 
-def _legend() -> str:
+def legend() -> str:
     table = render.colors()[np.linspace(0, 255, 17).round().astype(int)]
     return ", ".join(f"rgb({r} {g} {b})" for r, g, b in table.tolist())
 
@@ -328,9 +328,9 @@ def _run(run: Mapping[str, Any]) -> dict[str, Any]:
         "backends": rows,
         "skipped": skipped,
         "skipped_shown": _SKIPPED_SHOWN,
-        "facts": _facts(rest, but=groups),
+        "facts": facts_of(rest, but=groups),
         "groups": {"How it was measured": measured}
-        | {key: _facts(value) for key, value in groups.items()},
+        | {key: facts_of(value) for key, value in groups.items()},
     }
 
 
@@ -352,10 +352,10 @@ def _measured(rest: dict[str, Any]) -> dict[str, str]:
     found["images explained"] = rest.pop("explained_images", None)
     found["class explained"] = rest.pop("explained_class", None)
     found["layer explained"] = rest.pop("explained_layers", None)
-    return _facts(found)
+    return facts_of(found)
 
 
-def _facts(values: Mapping[str, Any], but: Container[str] = ()) -> dict[str, str]:
+def facts_of(values: Mapping[str, Any], but: Container[str] = ()) -> dict[str, str]:
     return {
         key: _plain(value) for key, value in values.items() if value is not None and key not in but
     }

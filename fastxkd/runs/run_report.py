@@ -20,7 +20,7 @@ from fastxkd.runs.durable import put
 from fastxkd.runs.layout import REPORT
 from fastxkd.runs.loading import spread
 from fastxkd.runs.numbers import count, number, percent, score
-from fastxkd.runs.report import _SCRIPT, _facts, _fit, _legend, _shrink, _where
+from fastxkd.runs.report import SCRIPT, facts_of, fit, legend, place_of, shrink
 from fastxkd.runs.sources import Source
 
 TITLES = {
@@ -73,7 +73,7 @@ def write_run_report(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(percent=percent, number=number, count=count, score=score)
-    digest = hashlib.sha256(_SCRIPT.encode()).digest()
+    digest = hashlib.sha256(SCRIPT.encode()).digest()
     items = [_item(run, source, row, class_names) for row in totals.shown]
     page = environment.get_template("run.html.j2").render(
         summary=summary,
@@ -84,12 +84,12 @@ def write_run_report(
         rows=[(_title(name), *totals.means(name)) for name in run.maps],
         gallery=[item for item in items if item is not None],
         errors=run.errors[:_ERRORS_SHOWN],
-        facts=_facts(_plain_facts(run)),
-        data=_facts(_flat(run.settings["data"])),
-        chosen=_facts(_settings(run.settings)),
-        legend=markup(_legend()),
+        facts=facts_of(_plain_facts(run)),
+        data=facts_of(_flat(run.settings["data"])),
+        chosen=facts_of(_settings(run.settings)),
+        legend=markup(legend()),
         opacity=render.OPACITY,
-        script=markup(_SCRIPT),
+        script=markup(SCRIPT),
         script_hash="sha256-" + base64.b64encode(digest).decode("ascii"),
     )
     put(summary.out / REPORT, page.encode("utf-8", "backslashreplace"), f"{os.getpid()}-0")
@@ -173,9 +173,9 @@ def _item(
             heat = heat / top if top > 1 else heat
             flat = top - float(heat.min()) < 1e-6
             panel["note"] = "flat map: no place stands out" if flat else ""
-            where = "flat" if flat else f"strongest at the {_where(heat)}"
+            where = "flat" if flat else f"strongest at the {place_of(heat)}"
             panel["alt"] = f"{_title(array)} of image {index}: {where}"
-            panel["heat"] = render.data_uri(render.heat_png(_fit(heat, height, width)))
+            panel["heat"] = render.data_uri(render.heat_png(fit(heat, height, width)))
         else:
             panel["note"] = "no map"
         panels.append(panel)
@@ -189,7 +189,7 @@ def _item(
         "probability": row["probability"],
         "right": None if label is None else label == predicted,
         "size": f"{width} × {height}",
-        "image": render.data_uri(render.png(_shrink(picture))),
+        "image": render.data_uri(render.png(shrink(picture))),
         "small": max(height, width) <= 64,
         "panels": panels,
     }

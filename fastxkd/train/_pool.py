@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastxkd.metrics.similarity import InnerProducts, centre, label_embeddings, sums
-
-
-def compared(spatial: Tensor, width: int) -> Tensor:
-    """``[n, ...]`` of a layer as features ``[n, at most width]``, float32 or float64.
-
-    Maps with more numbers per image are averaged over blocks first, to the largest grid that fits.
-    """
-    exact = torch.float64 if spatial.dtype == torch.float64 else torch.float32
-    spatial = spatial.to(exact)
-    each = math.prod(spatial.shape[1:])
-    if each > width and spatial.dim() in (4, 5):
-        scale = (width / each) ** (1 / (spatial.dim() - 2))
-        grid = [max(1, int(side * scale)) for side in spatial.shape[2:]]
-        pool: Any = F.adaptive_avg_pool2d if spatial.dim() == 4 else F.adaptive_avg_pool3d
-        spatial = pool(spatial, tuple(grid))
-    return spatial.flatten(1)
 
 
 class Pool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastxkd.cam.capture import Tap, _eagerly, _is_compiled, bare, evaluating, resolve_layers
+from fastxkd.cam.capture import Tap, bare, eagerly, evaluating, is_compiled, resolve_layers
 from fastxkd.cam.layouts import to_spatial
 
 # Their evaluation without a graph takes another way, with other rounding, than with one.
@@ -94,8 +94,8 @@ class Side:
 
     def eagerly(self) -> AbstractContextManager[None]:
         """The model's own code, with its hooks, where it is compiled."""
-        compiled = self.model is not self.core or any(map(_is_compiled, self.modules))
-        return _eagerly(self.model) if compiled else nullcontext()
+        compiled = self.model is not self.core or any(map(is_compiled, self.modules))
+        return eagerly(self.model) if compiled else nullcontext()
 
     def spatial(self, tensor: Tensor, seen: Seen, name: str) -> Tensor:
         """The named layer's activation or gradient as ``[n, channels, ...]``."""

@@ -16,7 +16,7 @@ from fastxkd._extras import require
 from fastxkd.cam import render
 from fastxkd.runs import charts
 from fastxkd.runs.numbers import count, number, score
-from fastxkd.runs.report import _SCRIPT, _legend, _shrink
+from fastxkd.runs.report import SCRIPT, legend, shrink
 from fastxkd.train._log import Record, merged
 from fastxkd.train._probe import shown
 from fastxkd.train.sinks import write_whole
@@ -99,7 +99,7 @@ def render_film(monitor: ExplanationMonitor) -> str:
     )
     environment.filters.update(number=number, count=count, score=score)
     records = grouped(monitor.history, MOST_POINTS)
-    digest = hashlib.sha256(_SCRIPT.encode()).digest()
+    digest = hashlib.sha256(SCRIPT.encode()).digest()
     page: str = environment.get_template("film.html.j2").render(
         layers=[_layer(layer, records, markup) for layer in monitor.layers],
         table=_table(records),
@@ -110,10 +110,10 @@ def render_film(monitor: ExplanationMonitor) -> str:
         facts=_facts(monitor.settings()),
         summary=_summary(monitor.history, monitor.layers),
         last=monitor.history[-1].step if monitor.history else None,
-        legend=markup(_legend()),
+        legend=markup(legend()),
         opacity=render.OPACITY,
         marks=_MARKS,
-        script=markup(_SCRIPT),
+        script=markup(SCRIPT),
         script_hash="sha256-" + base64.b64encode(digest).decode("ascii"),
     )
     return page
@@ -183,7 +183,7 @@ def _images(monitor: ExplanationMonitor) -> Iterator[dict[str, Any]]:
     if probe is None or not frames:
         return
     for i, picture in enumerate(probe.picture[:MOST_IMAGES]):
-        small = _shrink(picture)
+        small = shrink(picture)
         strips = []
         for layer in monitor.layers:
             fixed = [

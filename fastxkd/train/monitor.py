@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from fastxkd.cam.maps import METHODS, cam_from
 from fastxkd.metrics.agreement import MEASURES
+from fastxkd.metrics.pooling import compared
 from fastxkd.ops._checks import check_counts
 from fastxkd.train._lane import Lane
 from fastxkd.train._log import Draft, Log, Record
-from fastxkd.train._pool import Pool, compared
+from fastxkd.train._pool import Pool
 from fastxkd.train._probe import Frame, Probe
 from fastxkd.train._watch import Precision, Seen, Side, Watch, explained
 from fastxkd.train.checkpoint import check_settings
@@ -93,7 +94,8 @@ class ExplanationMonitor:
 
     Args:
         student: the model that is trained; it may be wrapped in ``DistributedDataParallel`` or
-            compiled.
+            compiled. A step of a compiled one that is measured runs the model's own code, whose
+            rounding is not the compiler's: weights are then equal to rounding, not to the bit.
         teacher: the model that guides it. Its forward pass of the step is used where it has one:
             before or after the student's. It runs a pass of its own, in eval
             mode, where it has none (logits that were stored), and where a graph could be noticed
