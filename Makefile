@@ -35,9 +35,10 @@ sanitize: .venv/.test
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  FASTXKD_SANITIZE=1 OMP_WAIT_POLICY=passive ../../$(BIN)/python -m pytest -m "not slow" \
+	  FASTXKD_SANITIZE=1 FASTXKD_FUZZ_CASES=40 OMP_WAIT_POLICY=passive \
+	  ../../$(BIN)/python -m pytest -m "not slow" \
 	  -p no:cacheprovider tests/test_kd_loss.py tests/test_divergences.py tests/test_dist.py tests/test_cam.py \
-	  tests/test_distance.py tests/test_principal.py -k "not compile and not opcheck"
+	  tests/test_distance.py tests/test_principal.py tests/test_fuzz.py -k "not compile and not opcheck"
 
 # A machine without a compiler: the package installs, says so, and runs on the reference. -S and the
 # path keep the checkout's own installation out, whose kernels would be found otherwise.
