@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastxkd
 from fastxkd.runs.models import (
     choose_layers,
     default_layers,
@@ -242,6 +243,90 @@ def test_timm_models_and_their_layers():
     assert default_layers(model, torch.rand(1, 1, 64, 64)) == [f"layer{i}" for i in range(1, 5)]
     with pytest.raises(ValueError, match=r"timm has no 'resnet10x'"):
         load_model("timm:resnet10x", num_classes=6, in_channels=1)
+
+
+class _Block(nn.Module):
+    """A transformer's block with the parts that look like maps: [n, heads, tokens, ...]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = _Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Linear(width, width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.k_norm = nn.Identity()
+        self.drop = nn.Dropout(0.1)
+        self.heads = heads
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        shares = self.drop((q @ self.k_norm(k).mT).softmax(-1))
+        return (shares @ v).transpose(1, 2).flatten(2)
+
+
+class _Transformer(nn.Module):
+    def __init__(self, depth: int = 6, prefix: int = 1) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, 8, 4, 4)
+        self.first = nn.Parameter(torch.randn(1, prefix, 8))
+        self.blocks = nn.Sequential(*(_Block(8, 2) for _ in range(depth)))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).mT
+        x = self.blocks(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
+        return self.head(self.norm(x)[:, 0])
+
+
+def test_a_transformer_is_explained_where_its_attention_reads() -> None:
+    torch.manual_seed(0)
+    model, images = _Transformer(), torch.rand(2, 1, 16, 16)
+    layers = [f"blocks.{i}.norm1" for i in (0, 2, 3, 5)]
+    assert default_layers(model, images) == layers
+    assert default_layers(_Transformer(depth=2), images) == ["blocks.0.norm1", "blocks.1.norm1"]
+    with fastxkd.LayerCAM(model, [last_spatial_layer(model, images)]) as cam:
+        maps = cam(images, size=None)
+    assert maps.shape == (2, 4, 4)
+    assert (maps.amax((1, 2)) == 1).all()
+    # Where tokens become a map again, that is what there is to explain.
+    back = nn.Sequential(model.patch, nn.Flatten(2), _Turned(model.blocks), nn.Unflatten(2, (4, 4)))
+    whole = nn.Sequential(back, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    assert last_spatial_layer(whole, images) == "0"
+
+
+class _Turned(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.mT).mT
+
+
+def test_transformers_of_other_libraries_and_their_layers() -> None:
+    declare_operators()
+    images = torch.rand(2, 3, 32, 32)
+    models = needs("torchvision.models")
+    model = models.VisionTransformer(32, 8, 3, 2, 32, 64, num_classes=4)
+    assert last_spatial_layer(model, images) == "encoder.layers.encoder_layer_2.ln_1"
+    timm = needs("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, num_classes=4)
+    assert default_layers(model, images) == [f"blocks.{i}.norm1" for i in range(4)]
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, num_classes=4
+    )
+    assert default_layers(swin, images) == [f"layers.{i}" for i in range(4)]
 
 
 class _Plain(nn.Module):

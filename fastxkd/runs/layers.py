@@ -3,39 +3,93 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fastxkd.cam.layouts import to_maps
 
 _STAGES = re.compile(r"(?:.*\.)?(?:layer|stage|block)_?\d+|(?:.*\.)?stages\.\d+")
 _CONTAINERS = re.compile(r"(?:.*\.)?_?(?:blocks|features|stages|layers)\.\d+")
 MOST_LAYERS = 4
 
 
+# By class: torch's MultiheadAttention and what timm, torchvision and transformers call theirs.
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+
+
 class _Output(NamedTuple):
     name: str
     height: int
     width: int
+    place: int  # in the order of the pass
 
 
-def _spatial_outputs(model: nn.Module, example: Tensor) -> list[_Output]:
-    """Modules that put out [N, C, H, W], in the order they finish; run once each, root left out."""
-    order: list[_Output] = []
-    calls: dict[str, int] = {}
+class _Watcher:
+    """What one forward pass shows of a model's modules.
 
-    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if isinstance(output, Tensor) and output.dim() == 4 and len(output) == len(example):
-                order.append(_Output(name, output.shape[2], output.shape[3]))
+    Attributes:
+        outputs: modules that put out [N, C, H, W], in the order they finish; what lies inside the
+            attention of a transformer is left out: [N, heads, tokens, ...] are no positions.
+        tokens: modules whose tokens [N, T, C] an attention reads and which form a grid.
+        calls: how often each module ran.
+    """
 
-        return hook
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.outputs: list[_Output] = []
+        self.tokens: list[_Output] = []
+        self.calls: dict[str, int] = {}
+        self._example = example
+        self._prefix = getattr(model, "num_prefix_tokens", None)
+        self._inside = 0
+        self._place = 0
+        # They are kept alive, so that an address belongs to one tensor.
+        self._made: dict[int, tuple[str, Tensor]] = {}
 
-    handles = [
-        module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name
-    ]
+    def entering(self, module: nn.Module, inputs: tuple[Any, ...], keywords: Any) -> None:
+        if not _ATTENTION.search(type(module).__name__):
+            return
+        given = [x for x in (*inputs, *keywords.values()) if isinstance(x, Tensor)]
+        if not given or given[0].dim() != 3:
+            return
+        self._inside += 1
+        name, read = self._made.get(id(given[0]), ("", None))
+        if self._inside > 1 or read is None or len(read) != len(self._example):
+            return
+        prefix = self._prefix if isinstance(self._prefix, int) else None
+        try:
+            height, width = to_maps(read, self._example.shape[2:], prefix).shape[2:]
+        except ValueError:  # no grid
+            return
+        self._place += 1
+        self.tokens.append(_Output(name, height, width, self._place))
+
+    def leaving(self, name: str, module: nn.Module, inputs: Any, keywords: Any, found: Any) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if _ATTENTION.search(type(module).__name__):
+            given = [x for x in (*inputs, *keywords.values()) if isinstance(x, Tensor)]
+            self._inside -= bool(given) and given[0].dim() == 3
+        if not isinstance(found, Tensor) or self._inside:
+            return
+        if found.dim() == 3:
+            self._made[id(found)] = name, found
+        elif found.dim() == 4 and len(found) == len(self._example):
+            self._place += 1
+            self.outputs.append(_Output(name, found.shape[2], found.shape[3], self._place))
+
+
+def _watched(model: nn.Module, example: Tensor) -> tuple[list[_Output], list[_Output]]:
+    """``outputs`` and ``tokens`` of a pass; of modules that run once each, root left out."""
+    watcher = _Watcher(model, example)
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(watcher.entering, with_kwargs=True))
+            leaving = partial(watcher.leaving, name)
+            handles.append(module.register_forward_hook(leaving, with_kwargs=True))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -47,7 +101,11 @@ def _spatial_outputs(model: nn.Module, example: Tensor) -> list[_Output]:
         for module, training in modes:
             module.training = training
     # A module that runs several times (a shared ReLU) has no single output to explain.
-    return [output for output in order if calls[output.name] == 1]
+    outputs, tokens = (
+        [one for one in found if watcher.calls[one.name] == 1 and one.height * one.width > 1]
+        for found in (watcher.outputs, watcher.tokens)
+    )
+    return outputs, tokens
 
 
 def _last_per_resolution(outputs: list[_Output]) -> list[str]:
@@ -66,7 +124,9 @@ def default_layers(model: nn.Module, example: Tensor) -> list[str]:
 
     Modules called ``layer1``.. or ``stage1``.. (or ``stages.0``..) are taken as they are; of blocks
     in a container (``blocks``, ``features``, ``layers``) the last at every resolution; of any other
-    model the last module at every resolution.
+    model the last module at every resolution. Of a model that ends in attention over tokens: the
+    layers whose (normalised) tokens an attention reads, because what comes after the last one
+    reaches the answer through the class token alone, where there is one.
 
     Args:
         model: any classifier with spatial activations.
@@ -75,9 +135,10 @@ def default_layers(model: nn.Module, example: Tensor) -> list[str]:
     Raises:
         ValueError: nothing in the model puts out [N, C, H, W] with more than one position.
     """
-    outputs = [
-        output for output in _spatial_outputs(model, example) if output.height * output.width > 1
-    ]
+    outputs, tokens = _watched(model, example)
+    if tokens and tokens[-1].place > max((output.place for output in outputs), default=0):
+        count = min(len(tokens), MOST_LAYERS)
+        return [tokens[(k + 1) * len(tokens) // count - 1].name for k in range(count)]
     names = [output.name for output in outputs]
     stages = _outermost(names, _STAGES)
     if len(stages) > 1:
