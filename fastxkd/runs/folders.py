@@ -91,9 +91,10 @@ def open_folder(
 ) -> FolderSource:
     """Open ``ROOT/CLASS/**``, the images of ``ROOT`` itself, or one part of ``ROOT/{train,val}``.
 
-    Where ``root`` holds ``train`` and ``val`` (or ``test``) and nothing else, the latter is opened
-    unless ``split`` names another, and its classes are numbered as those of ``train`` are. Images
-    that lie in no class folder have no label.
+    Where ``root`` holds ``train`` and ``val`` (or ``test``), and no images elsewhere, the latter is
+    opened unless ``split`` names another, and its classes are numbered as those of ``train`` are.
+    One of them alone is opened, too, if it has class folders. Images that lie in no class folder
+    have no label.
 
     Raises:
         ValueError: no such folder, no images, a folder that cannot be listed, a class folder that
@@ -106,13 +107,12 @@ def open_folder(
         for name, is_folder in _listing(str(root), "", links=True)
         if is_folder and name[0] != "."
     }
-    own = next((name for name in _TEST_FOLDERS if name in parts), None)
-    parted = "train" in parts and own is not None and parts <= {"train", *_TEST_FOLDERS}
+    own = _own_part(root, parts)
     if split is not None and split not in parts:
         raise ValueError(
             f"data: {root} has no folder {split!r}; it has {', '.join(sorted(parts)) or 'none'}"
         )
-    folder = root / split if split is not None else root / str(own) if parted else root
+    folder = root / split if split is not None else root if own is None else root / own
     if not follow_links:
         _refuse_outside(folder, root)
     classes, names, labels = _labelled(folder, root, follow_links)
@@ -120,8 +120,8 @@ def open_folder(
         raise ValueError(
             f"data: no images in {folder}; images look like {' '.join(sorted(EXTENSIONS))}"
         )
-    if parted and classes:
-        numbered = _with_images(root / "train")
+    numbered = _with_images(root / "train") if own is not None and "train" in parts else []
+    if numbered and classes:
         strangers = [name for name in classes if name not in numbered]
         if strangers:
             raise ValueError(
@@ -141,6 +141,20 @@ def open_folder(
         boundary=root,
         follow_links=follow_links,
     )
+
+
+def _own_part(root: Path, parts: set[str]) -> str | None:
+    """The folder that holds the images to explain, where ``root`` is divided into such."""
+    known = ("train", *_TEST_FOLDERS)
+    if not parts.intersection(known):
+        return None
+    # Tools and annotations may lie beside them.
+    filled = _with_images(root)
+    if not set(filled) <= set(known):
+        return None
+    if len(filled) == 1:
+        return filled[0] if _with_images(root / filled[0]) else None
+    return next((name for name in _TEST_FOLDERS if name in filled), None)
 
 
 def _labelled(folder: Path, root: Path, follow_links: bool) -> tuple[list[str], Names, array[int]]:
