@@ -446,6 +446,14 @@ def test_a_run_with_other_settings_is_not_continued(tmp_path, changed, name):
     assert files(tmp_path / "run") == before
 
 
+def test_other_images_of_the_same_number_are_another_run(tmp_path):
+    explain(net(), Pictures(6), tmp_path / "run")
+    others = Pictures(6)
+    others.images = 255 - others.images
+    with pytest.raises(ValueError, match=r"other settings: data\.fingerprint was"):
+        explain(net(), others, tmp_path / "run")
+
+
 def nan_weights() -> Net:
     model = net()
     with torch.no_grad():

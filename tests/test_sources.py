@@ -179,9 +179,24 @@ def test_folder_with_parts_keeps_the_numbers_of_training(tmp_path):
     write_images(tmp_path / "val", {"d": 1})
     with pytest.raises(ValueError, match=r"expected the classes of .*train in .*val, got d"):
         open_source(f"imagefolder:{tmp_path}")
-    # With other folders beside them, train and val are classes like these.
+    # Folders without images beside them change nothing.
+    (tmp_path / "devkit" / "data").mkdir(parents=True)
+    assert open_source(f"imagefolder:{tmp_path}#train").classes == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="got d"):
+        open_source(f"imagefolder:{tmp_path}")
+    # With other folders of images beside them, train and val are classes like these.
     write_images(tmp_path / "plane", {"x": 1})
     assert open_source(f"imagefolder:{tmp_path}").classes == ["plane", "train", "val"]
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_one_part_alone_has_its_own_classes(tmp_path, part):
+    write_images(tmp_path / part, {"a": 1, "b": 1})
+    source = open_source(f"imagefolder:{tmp_path}", image_size=8)
+    assert [(s.name, s.label) for s in all_of(source)] == [("a/00.png", 0), ("b/00.png", 1)]
+    # Without folders of its own it is one.
+    write_images(tmp_path / "other", {part: 1})
+    assert open_source(f"imagefolder:{tmp_path / 'other'}").classes == [part]
 
 
 def test_a_folder_may_have_the_mark_of_a_part_in_its_name(tmp_path):
@@ -675,6 +690,34 @@ def test_description_says_what_has_to_be_equal(tmp_path):
     builtin = open_source("builtin").describe()
     assert builtin["fingerprint"] != open_source("builtin#train").describe()["fingerprint"]
     assert json.loads(json.dumps(builtin)) == builtin
+
+
+def test_objects_are_told_apart_by_a_few_of_their_items(caplog):
+    made = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 1, 9, 9), generator=made, dtype=torch.uint8)
+    data = [(image, i % 3) for i, image in enumerate(images)]
+    first = open_source(data).describe()
+    assert first == open_source(list(data)).describe()
+    assert json.loads(json.dumps(first)) == first
+    for others in (
+        [(255 - image, i) for image, i in data],
+        [(image, 1 - i % 2) for image, i in data],
+    ):
+        second = open_source(others).describe()
+        assert {key for key in first if first[key] != second[key]} == {"fingerprint"}
+    assert not caplog.text
+
+
+def test_items_that_change_from_look_to_look_are_told_of(caplog):
+    class Augmented:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return torch.rand(1, 9, 9), index
+
+    assert open_source(Augmented()).describe()["fingerprint"] is None
+    assert "others each time they are read (random augmentation?)" in caplog.text
 
 
 # Python 3.12 warns about forking a process that has threads, as torch's loader does.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import logging
 import operator
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +19,7 @@ from fastxkd._extras import require
 from fastxkd.runs.data import why
 from fastxkd.runs.models import find_factory, users_own
 from fastxkd.runs.pictures import fit_image
-from fastxkd.runs.sources import SPECS, Settings, Source
+from fastxkd.runs.sources import SPECS, ImageError, Settings, Source, spread
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 IMAGE_KEYS = ("image", "img", "images", "pixel_values", "input", "x")
 LABEL_KEYS = ("label", "labels", "target", "targets", "cls", "class", "y")
 _TRIED = 16
+# Of items that stand for all of them when a run is continued.
+_SAMPLED = 8
+_log = logging.getLogger("fastxkd")
 
 
 class ItemSource(Source):
@@ -48,6 +53,28 @@ class ItemSource(Source):
         else:
             shape, floats = picture_shape(first, settings), False
         super().__init__(spec, count, _classes(dataset), shape, settings, floats=floats)
+
+    def describe(self) -> dict[str, Any]:
+        """With a fingerprint of a few items; None where they differ from one look to the next."""
+        samples = [self._sampled(), self._sampled()]
+        if samples[0] != samples[1]:
+            _log.warning(
+                "data: items of %s are others each time they are read (random augmentation?); "
+                "every start of a run sees other images",
+                self.spec,
+            )
+        return {**super().describe(), "fingerprint": samples[0] if len({*samples}) == 1 else None}
+
+    def _sampled(self) -> str:
+        digest = hashlib.sha256()
+        for index in spread(len(self), _SAMPLED):
+            try:
+                image, label, _ = self[index]
+                digest.update(f"{index} {label}".encode())
+                digest.update(image.contiguous().numpy().data)
+            except ImageError as error:
+                digest.update(f"{index} {error}".encode())
+        return digest.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         # What was made here can be made again there, however it is put together inside.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastxkd.runs.data import why
-from fastxkd.runs.sources import ImageError, Sample, Source
+from fastxkd.runs.sources import ImageError, Sample, Source, spread
 
 NO_LABEL = -1
 # How far to look for images that can be read before work begins.
@@ -52,16 +51,6 @@ def readable(source: Source, wanted: int = 2) -> list[int]:
             f"data: none of the {len(places)} images looked at can be read, the first: {reason}"
         )
     return found
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Up to ``wanted`` places evenly over ``count``, so that sorted data has all its classes.
-
-    >>> spread(10, 4)
-    [0, 3, 6, 9]
-    """
-    places = np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)
-    return np.unique(places).tolist()  # type: ignore[no-any-return]
 
 
 class Images(torch.utils.data.Dataset[Loaded]):

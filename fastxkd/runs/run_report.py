@@ -18,10 +18,9 @@ from fastxkd.runs import reader
 from fastxkd.runs.chunks import Summary
 from fastxkd.runs.durable import put
 from fastxkd.runs.layout import REPORT
-from fastxkd.runs.loading import spread
 from fastxkd.runs.numbers import count, number, percent, score
 from fastxkd.runs.report import SCRIPT, facts_of, fit, legend, place_of, shrink
-from fastxkd.runs.sources import Source
+from fastxkd.runs.sources import Source, spread
 
 TITLES = {
     "gradcam": "Grad-CAM",

@@ -25,7 +25,16 @@ from fastxkd.runs import data as images_of
 from fastxkd.runs.names import printable
 from fastxkd.runs.pictures import PIXEL_LIMIT
 
-__all__ = ["PIXEL_LIMIT", "SPECS", "ImageError", "Sample", "Settings", "Source", "open_source"]
+__all__ = [
+    "PIXEL_LIMIT",
+    "SPECS",
+    "ImageError",
+    "Sample",
+    "Settings",
+    "Source",
+    "open_source",
+    "spread",
+]
 
 SPECS = (
     "builtin, fashion-mnist[:ROOT], imagefolder:ROOT, webdataset:SHARDS, hf:PATH, "
@@ -156,8 +165,8 @@ class Source(torch.utils.data.Dataset[Sample]):
     def describe(self) -> dict[str, Any]:
         """What must be equal for two runs to see the same images, for JSON.
 
-        ``fingerprint`` stands for what is in the data (names, or pixels where those are in memory
-        anyway); it is missing for objects, which cannot be asked.
+        ``fingerprint`` stands for what is in the data: names, or pixels where those are in memory
+        anyway; of objects, which can only be asked for one item after another, a few items.
         """
         return {
             "data": self.spec,
@@ -196,6 +205,16 @@ class ArraySource(Source):
         digest = hashlib.sha256(np.ascontiguousarray(self._images).data)
         digest.update(np.ascontiguousarray(self._labels).data)
         return {**super().describe(), "fingerprint": digest.hexdigest()}
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to ``wanted`` places evenly over ``count``, so that sorted data has all its classes.
+
+    >>> spread(10, 4)
+    [0, 3, 6, 9]
+    """
+    places = np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)
+    return np.unique(places).tolist()  # type: ignore[no-any-return]
 
 
 def open_source(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastxkd.runs.chunks import Array
-from fastxkd.runs.loading import NO_LABEL, Images, Loaded, spread
+from fastxkd.runs.loading import NO_LABEL, Images, Loaded
 from fastxkd.runs.methods import Methods, statistics
 from fastxkd.runs.numbers import finite
+from fastxkd.runs.sources import spread
 
 Targets = Literal["predicted", "label"] | int
 

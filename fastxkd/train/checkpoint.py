@@ -53,10 +53,12 @@ def check_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], what: s
     """Refuse to continue ``what`` with other settings than it was started with.
 
     Raises:
-        ValueError: names up to three settings that differ, with both values.
+        ValueError: names up to three settings that differ, with both values; ``data.images`` is
+            the setting ``images`` in ``data``.
     """
+    stored, wanted = _flat(stored), _flat(wanted)
     different = [
-        f"{name} was {stored.get(name)!r}, now {wanted.get(name)!r}"
+        f"{name} was {_short(stored.get(name))}, now {_short(wanted.get(name))}"
         for name in dict.fromkeys([*wanted, *stored])
         if stored.get(name) != wanted.get(name)
     ]
@@ -66,3 +68,16 @@ def check_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], what: s
             f"resume: {what} was started with other settings: {'; '.join(different[:3])}{more}. "
             "Use the same settings, another output folder, or start over without resuming"
         )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inside = _flat(value) if isinstance(value, Mapping) else {}
+        found |= {f"{name}.{key}": part for key, part in inside.items()} or {name: value}
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}..."
