@@ -389,6 +389,7 @@ def explain(
     report.html. The same command after an interruption of any kind goes on where it stopped. On
     several processes or machines: torchrun --nproc-per-node N -m fastxkd explain ...
     """
+    out = out.expanduser()
     if verify or export is not None:
         if verify and export is not None:
             raise ValueError("verify: expected --verify or --export, got both")
@@ -537,6 +538,8 @@ def _export(out: Path, format: str, to: Path | None, data: str | None) -> int:
                 f"data: the run is of {described['images']:,} images of {described['data']}, "
                 f"{data} has {len(images):,}"
             )
+        if images.describe().get("fingerprint") != described.get("fingerprint"):
+            raise ValueError(f"data: the run is of other images of {described['data']} than {data}")
     to = out.with_name(f"{out.resolve().name}-{format}") if to is None else to
     export(out, to, format, images=images)  # type: ignore[arg-type]
     typer.echo(f"exported: {to.resolve()}")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -210,7 +211,9 @@ def test_eigencam_alone_asks_for_no_gradient():
     assert found.maps["eigencam"].amax() > 0.5
 
 
-@pytest.mark.parametrize(("targets", "expected"), [("label", None), (3, 3), ("predicted", None)])
+@pytest.mark.parametrize(
+    ("targets", "expected"), [("label", None), (np.int64(3), 3), ("predicted", None)]
+)
 def test_which_class_is_explained(tmp_path, targets, expected):
     model, data = net(), Pictures(8)
     explain(model, data, tmp_path / "run", targets=targets, dtype="float32", batch_size=8)
@@ -419,7 +422,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "maps").rglob("*")}
     calls = model.calls
     assert explain(model, Pictures(), tmp_path / "run", chunk=8) == first
-    assert model.calls - calls <= 3  # what is looked at before work begins
+    assert model.calls - calls <= 4  # what is looked at before work begins
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "maps").rglob("*")}
 
 
@@ -454,6 +457,91 @@ def test_other_images_of_the_same_number_are_another_run(tmp_path):
         explain(net(), others, tmp_path / "run")
 
 
+class Verbose(nn.Module):
+    """Answers with more than its logits, in one of the usual ways."""
+
+    def __init__(self, inner: Net, way: str) -> None:
+        super().__init__()
+        self.inner, self.way = inner, way
+
+    def forward(self, images: Tensor) -> Any:
+        logits = self.inner(images)
+        if self.way == "attribute":
+            return SimpleNamespace(logits=logits)
+        return {"logits": logits} if self.way == "mapping" else (logits, images)
+
+
+@pytest.mark.parametrize("way", ["attribute", "mapping", "tuple"])
+def test_logits_among_other_answers(tmp_path, way):
+    explain(net(), Pictures(5), tmp_path / "plain", methods=["gradcam", "scorecam"])
+    model = Verbose(net(), way)
+    explain(model, Pictures(5), tmp_path / "run", methods=["gradcam", "scorecam"])
+    plain, run = (reader.open(tmp_path / name) for name in ("plain", "run"))
+    assert run.settings["layers"] == ["inner.late"]
+    for name in ("gradcam", "scorecam"):
+        assert np.array_equal(run.maps[name][:], plain.maps[name][:])
+    assert run.scores == plain.scores
+    assert not isinstance(model(torch.zeros(1, 1, 16, 16)), Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision(tmp_path, dtype):
+    exact, model = net(), net().to(dtype)
+    explain(exact, Pictures(5), tmp_path / "exact", dtype="float32")
+    explain(model, Pictures(5), tmp_path / "run", dtype="float32")
+    exact, run = (reader.open(tmp_path / name) for name in ("exact", "run"))
+    # The rounding of weights and activations, through three layers.
+    bound = 40 * torch.finfo(dtype).eps + 1e-5
+    assert np.abs(run.maps["gradcam"][:] - exact.maps["gradcam"][:]).max() < bound
+    assert run.errors == []
+    base = net(1)
+    if dtype != torch.float64:
+        with pytest.raises(ValueError, match=f"base: expected weights of {dtype} like the model's"):
+            explain(model, Pictures(), tmp_path / "both", methods="unicam", base=base)
+
+
+def test_maps_that_say_nothing_are_told_of(tmp_path, caplog):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Upsample((3, 3)), nn.Flatten(),
+        nn.Linear(36, 5),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="layers: gradcam has a single position"):
+        explain(model, Pictures(5), tmp_path / "run", layers="1")
+    assert not (tmp_path / "run").exists()
+    explain(model, Pictures(5), tmp_path / "run", layers="2")
+    assert "the maps gradcam of the first images are flat" in caplog.text
+    caplog.clear()
+    explain(net(), Pictures(5), tmp_path / "other")
+    assert not caplog.text
+
+
+def test_names_of_other_classes_than_the_models_are_not_given_to_them(tmp_path):
+    class Named(Pictures):
+        classes = ("vase", "urn", "jug", "pot", "can")
+
+    explain(net(classes=5), Named(5), tmp_path / "same")
+    explain(net(classes=9), Named(5), tmp_path / "other")
+    same, other = (Path(tmp_path, x, "report.html").read_text() for x in ("same", "other"))
+    assert "right" in same
+    predicted = reader.open(tmp_path / "other").scores["predicted"].to_pylist()
+    assert all(f"class {p}" in other for p in predicted)
+    assert not any(f"class {p}" in same for p in range(9))
+    assert "vase" in other  # the label
+
+
+def test_a_home_folder_and_a_change_of_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    explain(net(), Pictures(5), "~/run")
+    assert not (tmp_path / "~").exists()
+    assert verify("~/run") == []
+    run = reader.open("run")
+    monkeypatch.chdir("/")
+    assert run[4].error is None
+    assert len(reader.open("~/run").scores) == 5
+    assert reader.open("~/run")[range(3, 0, -2)].scores["index"].to_pylist() == [3, 1]
+
+
 def nan_weights() -> Net:
     model = net()
     with torch.no_grad():
@@ -481,6 +569,11 @@ class Boxes(Net):
         ({"targets": 5}, "targets: expected 0 <= class < 5, got 5"),
         ({"targets": "best"}, "targets: expected 'predicted', 'label' or a class"),
         ({"targets": True}, "targets"),
+        ({"class_names": ["a", "b"]}, "class_names: expected 5, one per output, got 2"),
+        (
+            {"model": net(channels=3)},
+            r"model: it does not take images \[1, 16, 16\] torch.float32; .*Error: .*channels",
+        ),
         ({"dtype": "bfloat16"}, "dtype: expected one of float16, float32, uint8"),
         ({"size": "big"}, "size"),
         ({"size": (0, 4)}, "size"),

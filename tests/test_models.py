@@ -298,7 +298,7 @@ def test_a_transformer_is_explained_where_its_attention_reads() -> None:
     with fastxkd.LayerCAM(model, [last_spatial_layer(model, images)]) as cam:
         maps = cam(images, size=None)
     assert maps.shape == (2, 4, 4)
-    assert (maps.amax((1, 2)) == 1).all()
+    assert (maps.amax((1, 2)) > 0.99).all()
     # Where tokens become a map again, that is what there is to explain.
     back = nn.Sequential(model.patch, nn.Flatten(2), _Turned(model.blocks), nn.Unflatten(2, (4, 4)))
     whole = nn.Sequential(back, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))

@@ -232,8 +232,11 @@ def test_columns_keep_their_order(tmp_path: Path, run: Path) -> None:
         ({"settings": {**SETTINGS, "seed": 1}}, "seed was 0, now 1"),
         ({"images": 12}, "images was 11, now 12"),
         ({"chunk": 5}, "chunk was 4, now 5"),
-        ({"columns": {"name": "string"}}, "columns was"),
-        ({"arrays": {"gradcam": Array((3, 5), "float32")}}, "arrays was"),
+        ({"columns": {"name": "string"}}, "columns.label was 'int64', now None"),
+        (
+            {"arrays": {"gradcam": Array((3, 5), "float32")}},
+            "arrays.gradcam.dtype was 'float16', now 'float32'",
+        ),
     ],
 )
 def test_other_settings_are_refused(run: Path, changes: dict[str, Any], match: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import operator
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,13 +21,17 @@ from torch import Tensor, nn
 
 import fastxkd
 from fastxkd._extras import require
+from fastxkd.cam.capture import evaluating
 from fastxkd.cam.maps import Normalize, check_normalize
 from fastxkd.runs.chunks import Array
 from fastxkd.runs.cnn import BUILTIN_MODELS
+from fastxkd.runs.data import why
 from fastxkd.runs.layers import last_spatial_layer
+from fastxkd.runs.methods import dtype_of
 from fastxkd.runs.models import check_weights, load_model
 from fastxkd.runs.ranks import Ranks
 from fastxkd.runs.sources import Source
+from fastxkd.train._watch import logits_of
 from fastxkd.train.distiller import fingerprint
 
 Dtype = Literal["float16", "float32", "uint8"]
@@ -48,6 +54,24 @@ def check_numbers(*, chunk: int, batch_size: int, workers: int, gallery: int) ->
         least = 1 if name in ("chunk", "batch_size") else 0
         if type(value) is not int or value < least:
             raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+
+
+def check_targets(given: Any) -> Any:
+    """``"predicted"``, ``"label"``, or a class as an int.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(given, str) and given in ("predicted", "label"):
+        return given
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        return operator.index(given)
+    except TypeError:
+        raise ValueError(
+            f"targets: expected 'predicted', 'label' or a class, got {given!r}"
+        ) from None
 
 
 def stored_dtype(name: str, normalize: Normalize) -> torch.dtype:
@@ -135,10 +159,53 @@ def _sha256(file: Any) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def answering(model: nn.Module, role: str, example: Tensor) -> Iterator[None]:
+    """Have a model answer with its logits alone, for a while, where it says more.
+
+    Raises:
+        ValueError: it does not take such images; says what it said.
+    """
+    example = example.to(dtype_of(model))
+    try:
+        with torch.no_grad(), evaluating(model):
+            plain = isinstance(model(example), Tensor)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever its own code raises
+        raise ValueError(
+            f"{role}: it does not take images {list(example.shape[1:])} {example.dtype}; do"
+            f" image_size and channels fit? {why(error)}"
+        ) from error
+    if plain:
+        yield
+        return
+    handle = model.register_forward_hook(lambda module, inputs, output: logits_of(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def choose_names(
+    given: Sequence[str] | None, source: Source, outputs: int | None
+) -> Sequence[str] | None:
+    """Of a model's outputs: the given names, or those of the data if they can be meant.
+
+    Raises:
+        ValueError: more or fewer names than outputs.
+    """
+    if given is None:
+        return source.classes if len(source.classes or ()) == outputs else None
+    if len(given) != outputs:
+        raise ValueError(f"class_names: expected {outputs}, one per output, got {len(given)}")
+    return given
+
+
 def choose_layers(model: nn.Module, given: Names, example: Tensor) -> list[str]:
     """The named ones, or the last with positions."""
     if given is None:
-        return [last_spatial_layer(model, example)]
+        return [last_spatial_layer(model, example.to(dtype_of(model)))]
     return [given] if isinstance(given, str) else list(given)
 
 
@@ -151,7 +218,7 @@ def choose_base_layers(
             raise ValueError("base_layers: given without a base, which unicam compares with")
         return None
     if given is None and len(layers) == 1 and layers[0] not in dict(base.named_modules()):
-        return [last_spatial_layer(base, example)]
+        return choose_layers(base, None, example)
     return layers if given is None else choose_layers(base, given, example)
 
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def explain(
 
     Args:
         model: a module, which is moved to ``device``, or the name of one, see
-            :func:`fastxkd.runs.models.load_model`.
+            :func:`fastxkd.runs.models.load_model`. It answers with logits ``[n, classes]``, or with
+            something that has them as ``.logits``, ``["logits"]`` or first.
         data: a data set by name or a map-style ``Dataset``, see
             :func:`fastxkd.runs.sources.open_source`.
         out: a new folder for the results, or a run with these settings to continue.
@@ -98,7 +99,7 @@ def explain(
             from places all over the data, of as many classes as are found there.
         weights, base_weights: files, for models given by name.
         num_classes: outputs of models given by name, where they are not the classes of the data.
-        class_names: of the outputs, for the report; None: those of the data.
+        class_names: of the outputs, for the report; None: those of the data, if it has as many.
         image_size, mean, std, channels, max_pixels, follow_links: as in
             :func:`fastxkd.runs.sources.open_source`.
         chunk: images per chunk, which is done or not done as a whole.
@@ -126,16 +127,16 @@ def explain(
     >>> found.images, found.failed
     (5, 0)
     """
+    out = Path(out).expanduser()
     names = check_methods(methods)
     asked.check_numbers(chunk=chunk, batch_size=batch_size, workers=workers, gallery=gallery)
-    if targets not in ("predicted", "label") and type(targets) is not int:
-        raise ValueError(f"targets: expected 'predicted', 'label' or a class, got {targets!r}")
+    targets = asked.check_targets(targets)
     stored = asked.stored_dtype(dtype, normalize)
     for module in ("numcodecs", "pyarrow", "jinja2", "PIL"):
         require(module, extra="runs")
     ranks = meet()
     place = asked.pick_device(device, ranks)
-    with _terminable(), _steady():
+    with _terminable(), _steady(), ExitStack() as hooks:
         source = open_source(
             data,
             image_size=image_size,
@@ -157,6 +158,9 @@ def explain(
         examples = readable(source)
         images = Images(source)
         example = source.normalize(images[examples].images, place)
+        hooks.enter_context(asked.answering(own.module, "model", example))
+        if other is not None:
+            hooks.enter_context(asked.answering(other.module, "base", example))
         explained = asked.choose_layers(own.module, layers, example)
         paired = asked.choose_base_layers(
             None if other is None else other.module, base_layers, explained, example
@@ -175,7 +179,8 @@ def explain(
         work = Work(images, explainers, place, targets, stored)
         scores = work.prepare(reference, batch_size)
         arrays = work.rehearse(examples)
-        asked.check_space(Path(out), len(source), arrays)
+        shown = asked.choose_names(class_names, source, work.classes)
+        asked.check_space(out, len(source), arrays)
         settings = {
             "data": source.describe(),
             "model": own.settings,
@@ -205,7 +210,6 @@ def explain(
         )
         with writer:
             _carry_out(work, writer, ranks, arrays, batch_size, workers, progress)
-            shown = source.classes if class_names is None else class_names
             summary = ranks.from_first(lambda: _finish(writer, source, gallery, shown))
             # Rank 0 may be the host of the store at which the others read this.
             ranks.wait()

@@ -79,10 +79,10 @@ def export(
         )
     places = run.places(slice(None) if rows is None else rows)
     if format == "npz":
-        return _archives(run, Path(out), wanted, places, per_file, progress)
+        return _archives(run, Path(out).expanduser(), wanted, places, per_file, progress)
     if format == "png":
         draw = _Drawing(images, size, colormap, opacity)
-        return _pictures(run, Path(out), wanted, places, draw, names, progress)
+        return _pictures(run, Path(out).expanduser(), wanted, places, draw, names, progress)
     raise ValueError(f"format: expected 'npz' or 'png', got {format!r}")
 
 

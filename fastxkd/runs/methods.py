@@ -122,7 +122,11 @@ class Methods:
     ) -> None:
         check_normalize(normalize)
         self.methods = check_methods(methods)
-        self.model = model
+        self.model, self._dtype = model, dtype_of(model)
+        if base is not None and dtype_of(base) != self._dtype:
+            raise ValueError(
+                f"base: expected weights of {self._dtype} like the model's, got {dtype_of(base)}"
+            )
         self.size, self.normalize = size, normalize
         self._embeddings = class_embeddings
         self.layers = list(resolve_layers(model, list(layers), "layers"))
@@ -179,7 +183,7 @@ class Methods:
     def logits(self, images: Tensor) -> Tensor:
         """The model's answer ``[n, classes]``, and nothing else."""
         with torch.no_grad(), evaluating(self.model):
-            return _checked(self.model(images), len(images))
+            return _checked(self.model(images.to(self._dtype)), len(images))
 
     def prepare(
         self, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], samples: int
@@ -191,7 +195,11 @@ class Methods:
             samples: as in :meth:`fastxkd.UniCAM.reference`.
         """
         self._references = [
-            unicam.reference(batches(), samples=samples) for unicam, _ in self._unicams
+            unicam.reference(
+                ((images.to(self._dtype), labels) for images, labels in batches()),
+                samples=samples,
+            )
+            for unicam, _ in self._unicams
         ]
         return {
             layer: reference.scores[0]
@@ -204,13 +212,14 @@ class Methods:
         """Maps of a batch.
 
         Args:
-            images: ``[n, c, h, w]``, as the model takes them.
+            images: ``[n, c, h, w]``, as the model takes them, but for their dtype.
             labels: class indices ``[n]``, which ``unicam`` asks for.
             targets: classes ``[n]`` to explain; None: the one with the largest logit.
 
         Raises:
             ValueError: a model that does not answer with logits, a method that does not fit.
         """
+        images = images.to(self._dtype)
         maps: dict[str, Tensor] = {}
         logits: Tensor | None = None
         options: Any = {"size": self.size, "normalize": self.normalize}
@@ -234,6 +243,12 @@ class Methods:
             out = unicam(images, labels, reference=reference, **options)
             maps.update(zip(arrays, (out.distilled, out.residual), strict=True))
         return Explained({name: maps[name] for name in self.arrays}, logits, targets)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model computes in, and wants its images in."""
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floats, torch.float32)
 
 
 def _checked(output: Any, n: int) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastxkd.cam.maps import Normalize
+from fastxkd.runs.asked import check_targets, choose_layers
 from fastxkd.runs.data import DEFAULT_MEAN, DEFAULT_STD, normalize, per_channel
-from fastxkd.runs.layers import last_spatial_layer
 from fastxkd.runs.methods import Methods, Size, statistics
 from fastxkd.runs.models import load_model
 
@@ -74,8 +74,7 @@ class Explain:
     ) -> None:
         if "unicam" in ([methods] if isinstance(methods, str) else methods):
             raise ValueError("methods: unicam needs a reference set; use fastxkd.runs.explain")
-        if targets not in ("predicted", "label") and type(targets) is not int:
-            raise ValueError(f"targets: expected 'predicted', 'label' or a class, got {targets!r}")
+        targets = check_targets(targets)
         if isinstance(model, str) and num_classes is None:
             raise ValueError("num_classes: expected a number beside a model's name, got None")
         self._given, self._weights, self._classes = model, weights, num_classes
@@ -135,11 +134,10 @@ class Explain:
                     weights=None if self._weights is None else os.fspath(self._weights),
                 )
         model = model.to(self._device)
-        layers = [self._layers] if isinstance(self._layers, str) else self._layers
         return Methods(
             model,
             self._methods,
-            [last_spatial_layer(model, example[:1])] if layers is None else layers,
+            choose_layers(model, self._layers, example[:1]),
             size=self._size,
             normalize=self._normalize,
         )

@@ -184,7 +184,8 @@ class Run:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        # A program may change its working directory between opening and reading.
+        self.path = Path(path).expanduser().absolute()
         if not self.path.is_dir():
             raise ValueError(f"path: {self.path} is no folder")
         mark = self.path / RUN
@@ -389,6 +390,8 @@ def _rows(key: Any, run: Run) -> int | np.ndarray[Any, Any]:
         # What a damaged run.json says of the length must not be allocated.
         run.check_range(places)
         return np.arange(places.start, places.stop, places.step)
+    if isinstance(key, range):
+        key = np.arange(key.start, key.stop, key.step)
     if hasattr(key, "detach"):
         key = key.detach().cpu().numpy()
     if not isinstance(key, (list, np.ndarray)) or (isinstance(key, np.ndarray) and key.ndim == 0):

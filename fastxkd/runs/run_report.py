@@ -73,6 +73,9 @@ def write_run_report(
     )
     environment.filters.update(percent=percent, number=number, count=count, score=score)
     digest = hashlib.sha256(SCRIPT.encode()).digest()
+    # Other outputs than the data's classes cannot be right or wrong about them.
+    if class_names is None and source.classes is not None:
+        totals.labelled = 0
     items = [_item(run, source, row, class_names) for row in totals.shown]
     page = environment.get_template("run.html.j2").render(
         summary=summary,
@@ -182,11 +185,13 @@ def _item(
     return {
         "index": index,
         "name": row["name"],
-        "label": _named(label, names),
+        "label": _named(label, source.classes or names),
         "predicted": _named(predicted, names),
         "target": _named(row["target"], names),
         "probability": row["probability"],
-        "right": None if label is None else label == predicted,
+        "right": None
+        if label is None or (names is None and source.classes)
+        else label == predicted,
         "size": f"{width} × {height}",
         "image": render.data_uri(render.png(shrink(picture))),
         "small": max(height, width) <= 64,

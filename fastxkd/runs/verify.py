@@ -60,7 +60,7 @@ def verify(
     Raises:
         ValueError: ``path`` is no run at all, or its ``run.json`` is damaged.
     """
-    out = Path(path)
+    out = Path(path).expanduser()
     mark = out / RUN
     if not os.path.lexists(mark):
         raise ValueError(f"path: {out} is no run, it has no {RUN}")

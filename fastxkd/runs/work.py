@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from fastxkd.runs.methods import Methods, statistics
 from fastxkd.runs.numbers import finite
 from fastxkd.runs.sources import spread
 
+_log = logging.getLogger("fastxkd")
 Targets = Literal["predicted", "label"] | int
 
 # Of images looked at for UniCAM's reference set, per image that is kept: to find every class.
@@ -126,6 +128,18 @@ class Work:
             shape = tuple(values[name].shape[1:])
             if len(shape) != 2:
                 raise ValueError(f"layers: expected maps [height, width] of {name}, got {shape}")
+            if shape == (1, 1):
+                raise ValueError(
+                    f"layers: {name} has a single position, of which a map says nothing; name one"
+                    " further to the front"
+                )
+            spread = values[f"{name}_spread"][[row not in failed for row in range(len(places))]]
+            if bool(((spread == 0) | (spread > 1 - 1e-6)).all()):
+                _log.warning(
+                    "layers: the maps %s of the first images are flat; does the answer depend on"
+                    " the layer's positions?",
+                    name,
+                )
             arrays[name] = Array(shape, str(self.dtype).removeprefix("torch."))
         return arrays
 
@@ -144,7 +158,7 @@ class Work:
         values = {
             "predicted": found.logits.argmax(1),
             "target": found.targets,
-            "logit": found.logits.gather(1, column)[:, 0],
+            "logit": found.logits.gather(1, column)[:, 0].float(),
             "probability": found.logits.double().softmax(1).gather(1, column)[:, 0],
         }
         for name, maps in found.maps.items():

@@ -112,7 +112,7 @@ class Side:
     def seen(
         self, tap: Tap, output: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Seen:
-        logits = _logits(output) if self._logits is None else self._logits(output)
+        logits = logits_of(output) if self._logits is None else self._logits(output)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
@@ -127,16 +127,40 @@ class Side:
         # float16 would lose a gradient that is spread over many positions.
         scale = 256.0 if seen.logits.dtype == torch.float16 else 1.0
         chosen = torch.zeros_like(seen.logits).scatter_(1, target[:, None], scale)
-        found = torch.autograd.grad(
-            seen.logits, list(seen.activations.values()), chosen, retain_graph=True,
-            allow_unused=True,
-        )  # fmt: skip
+        try:
+            found = torch.autograd.grad(
+                seen.logits, list(seen.activations.values()), chosen, retain_graph=True,
+                allow_unused=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ValueError(
+                f"{self.role}: what lies between its layers and its logits is checkpointed with"
+                " use_reentrant=True, through which no gradient can be asked for; use"
+                " use_reentrant=False, layers behind it, or metrics= without agreement"
+            ) from error
         for name, gradient in zip(seen.activations, found, strict=True):
             if gradient is None:
                 raise ValueError(
                     f"layers: the logits of the {self.role} do not depend on its layer {name!r}"
+                    " (inside a checkpoint with use_reentrant=True that cannot be seen)"
                 )
         return [gradient.float() / scale if scale != 1 else gradient for gradient in found]
+
+    def fitted(
+        self, arguments: tuple[Any, ...], keywords: dict[str, Any], precision: Precision
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What another model was called with, where this one is and in its own precision."""
+
+        def fit(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            cast = value.is_floating_point() and not precision.enabled
+            return value.to(self.device, self.dtype if cast else value.dtype, non_blocking=True)
+
+        with torch.no_grad():
+            return tree_map(fit, (arguments, keywords))  # type: ignore[no-any-return]
 
     def look(
         self,
@@ -264,7 +288,8 @@ def _core(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _logits(output: Any) -> Any:
+def logits_of(output: Any) -> Any:
+    """What of a model's output is taken for its logits, where nobody says."""
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     if isinstance(getattr(output, "logits", None), Tensor):
