@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastxkd
 from fastxkd.metrics.pooling import compared
@@ -419,6 +420,70 @@ def test_the_teachers_stored_logits() -> None:
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_another_precision_that_the_monitor_runs_itself(dtype: torch.dtype) -> None:
+    ((images, labels),) = batches(1)
+    found = []
+    for other in (torch.float32, dtype):
+        guide, twin = teacher().to(other), base().to(other)
+        monitor = ExplanationMonitor(student(dropout=0.0), guide, "body", base=twin, pool=BATCH)
+        with monitor.step(labels):
+            monitor._sides["student"].model(images)
+        monitor.close()
+        found.append(monitor.history[0].values)
+    # The rounding of their weights and activations.
+    assert found[0] == pytest.approx(found[1], abs=30 * torch.finfo(dtype).eps + 1e-5)
+
+
+def test_a_checkpoint_that_hides_its_gradient_is_named() -> None:
+    class Saving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body = nn.Conv2d(1, 5, 3), nn.Conv2d(5, 5, 3)
+            self.head = nn.Linear(5, CLASSES)
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = checkpoint(self.body, self.stem(images), use_reentrant=True)
+            return self.head(found.mean((2, 3)))
+
+    ((images, labels),) = batches(1)
+    for layer in ("stem", "body"):
+        learner = Saving()
+        monitor = ExplanationMonitor(learner, teacher(), {"one": (layer, "body")}, pool=BATCH)
+        with pytest.raises(ValueError, match="use_reentrant=True"), monitor.step(labels):
+            learner(images)
+        assert hooks(learner) == 0
+        metrics = ["fss", "rs"]
+        monitor = ExplanationMonitor(
+            learner, teacher(), {"one": (layer, "body")}, pool=BATCH, metrics=metrics
+        )
+        with monitor.step(labels):
+            learner(images).sum().backward()
+        monitor.close()
+        assert "one/fss_teacher" in monitor.history[0].values
+
+
+def test_numbers_of_steps() -> None:
+    learner, guide = student(), teacher()
+    monitor = ExplanationMonitor(learner, guide, "body", pool=BATCH)
+    labels = torch.zeros(4, dtype=torch.long)
+    for wrong in (labels, 2.0, "3"):
+        with pytest.raises(TypeError, match=r"step: expected a whole number, got .*; labels are"):
+            monitor.begin_step(wrong)  # type: ignore[arg-type]
+    assert hooks(learner) == 0
+    assert monitor.begin_step(torch.tensor(100)) is True  # type: ignore[arg-type]
+    monitor.abandon_step()
+    # A second epoch that begins at 0 again.
+    with monitor.step(labels, step=7):
+        pass
+    with monitor.step(labels, step=7):
+        pass
+    with pytest.warns(UserWarning, match="step 1 comes after step 7"), monitor.step(step=1):
+        pass
+    with monitor.step(step=2):
+        pass
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_validation_is_no_step(inside: bool) -> None:
     learner, guide = student(), teacher()
@@ -676,6 +741,18 @@ def test_a_layer_without_positions_has_features_only() -> None:
         assert monitor.history[0].values.keys() == names
 
 
+def test_a_layer_with_one_position_has_features_only() -> None:
+    ((images, labels),) = batches(1)
+    learner, guide = student(side=1), teacher()
+    given = {"one": ("body", "body"), "more": ("stem", "stem")}
+    monitor = ExplanationMonitor(learner, guide, given, every=1, metrics=["agreement", "fss"])
+    with pytest.warns(UserWarning, match="layer 'one' of the student has a single pos") as told:
+        train(learner, guide, monitor, [(images, labels)] * 2)
+    assert len(told) == 1
+    monitor.close()
+    assert [record.values.keys() for record in monitor.history] == [{"more/agreement"}] * 2
+
+
 def test_nan_is_reported_and_not_raised() -> None:
     learner, guide = student(dropout=0.0), teacher()
     ((images, labels),) = batches(1)
@@ -700,6 +777,22 @@ def test_scores_come_when_the_pool_is_full() -> None:
     # 16, 32, 48 >= 40; and anew.
     assert full == [False, False, True, False, False, True, False]
     assert all("body/agreement" in record.values for record in monitor.history)
+
+
+def test_images_without_a_label_are_left_out_of_the_pool() -> None:
+    options: Any = {"fss": True, "rs": True, "unicam": False}
+    torch.manual_seed(0)
+    rows = {f"a/{role}": torch.rand(12, 6) for role in ("student", "teacher")}
+    labels = torch.arange(12) % 3
+    expected = Pool(9, ["a"], ["student", "teacher"], **options).add(
+        {name: row[3:] for name, row in {**rows, "labels": labels}.items()}
+    )
+    labels = torch.where(torch.arange(12) < 3, -100, labels)
+    pool = Pool(9, ["a"], ["student", "teacher"], **options)
+    assert pool.add({name: row[:3] for name, row in {**rows, "labels": labels}.items()}) == {}
+    assert len(pool) == 0
+    assert pool.add({**rows, "labels": labels}) == expected
+    assert expected.keys() == {"a/fss_teacher", "a/rs_student", "a/rs_teacher"}
 
 
 def test_images_of_another_size_begin_a_new_pool() -> None:
@@ -933,6 +1026,13 @@ def test_another_monitors_state_is_refused() -> None:
 # --- Pictures
 
 
+def test_what_is_no_state_is_refused() -> None:
+    monitor = ExplanationMonitor(student(), teacher(), "body")
+    for wrong in ({}, [], None):
+        with pytest.raises(ValueError, match="state: expected what state_dict"):
+            monitor.load_state_dict(wrong)  # type: ignore[arg-type]
+
+
 def test_frames_are_the_maps_of_the_explainers() -> None:
     learner, guide, without = student(), teacher(), base()
     given = batches(3)
@@ -1083,7 +1183,7 @@ def test_the_benchmark_times_the_same_training() -> None:
     needs("torchvision")
     from benchmarks import monitor as benchmark
 
-    case = benchmark.case(4, 32, 2, {"ours": {"every": 1, "pool": 4}})
+    case = benchmark.case(4, 64, 2, {"ours": {"every": 1, "pool": 4}})
     for call in case.variants.values():
         call()
     watched = case.variants["ours"].func.__self__.monitor  # type: ignore[attr-defined]

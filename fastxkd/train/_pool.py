@@ -43,8 +43,12 @@ class Pool:
         """Rows by ``layer/role``, and ``labels``; scores of all if there are enough now, and
         then the pool is empty again.
 
-        Rows of another width (images of another size) begin a new pool.
+        Rows of another width (images of another size) begin a new pool. Images whose label is
+        negative, as those that a loss ignores have, are left out.
         """
+        labels = rows.get("labels")
+        if labels is not None and not labels.is_floating_point() and bool((labels < 0).any()):
+            rows = {name: row[labels >= 0] for name, row in rows.items()}
         if self._rows and _kind(self._rows[0]) != _kind(rows):
             self._rows.clear()
         self._rows.append(dict(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -208,6 +209,8 @@ class ExplanationMonitor:
         self._measured = 0
         self._pictured: int | None = None
         self._warned = False
+        self._went_back = False
+        self._single: set[str] = set()  # layers that were told of
 
     @property
     def history(self) -> list[Record]:
@@ -227,7 +230,9 @@ class ExplanationMonitor:
         Args:
             labels: class indices ``[n]`` of the batch, or soft labels ``[n, classes]``; None takes
                 the keyword ``labels`` of the student's forward, as models of Hugging Face have it.
-            step: the step's number; None counts. Blocks with the same number are one record.
+                Images with a negative index have no part in scores of distances.
+            step: the step's number, which counts on from epoch to epoch; None counts. Blocks with
+                the same number are one record.
 
         A step that raises leaves no hook and no record of this block.
         """
@@ -246,13 +251,31 @@ class ExplanationMonitor:
 
         Returns:
             Whether the step is measured.
+
+        Raises:
+            TypeError: ``step`` is no number; labels come after it.
         """
         if self._step is not None:
             self.abandon_step()
         if step is None:
             step = self._count
-        elif step < 0:
+        try:
+            step = operator.index(step)
+        except TypeError:
+            got = type(step).__name__
+            raise TypeError(
+                f"step: expected a whole number, got {got}; labels are the second argument"
+            ) from None
+        if step < 0:
             raise ValueError(f"step: expected a number from 0 on, got {step}")
+        if step + 1 < self._count and not self._went_back:
+            self._went_back = True
+            warnings.warn(
+                f"ExplanationMonitor: step {step} comes after step {self._count - 1}; number steps"
+                " over all epochs, or leave the counting to the monitor, else records of several"
+                " epochs have the same number",
+                stacklevel=2,
+            )
         self._log.deliver(step)
         self._step = step
         if step % self.every or not self._here():
@@ -326,8 +349,9 @@ class ExplanationMonitor:
         precision = Precision.current(seen.logits.device)
         base = None
         if "base" in self._sides:
-            look = self._sides["base"].look
-            base = look(seen.arguments, seen.keywords, graph=False, precision=precision)
+            side = self._sides["base"]
+            given = side.fitted(seen.arguments, seen.keywords, precision)
+            base = side.look(*given, graph=False, precision=precision)
         batch = _Batch(_without_graph(seen), gradients, target, labels, base, precision)
         at = [i for i, guide in enumerate(self._ahead) if guide.images is seen.images]
         if at:
@@ -349,12 +373,9 @@ class ExplanationMonitor:
         for i, guide in enumerate(self._ahead):
             if guide.lasting and len(guide.logits) == n:
                 return self._ahead.pop(i)
-        return self._sides["teacher"].look(
-            batch.seen.arguments,
-            batch.seen.keywords,
-            graph=self._explains,
-            precision=batch.precision,
-        )
+        side, precision = self._sides["teacher"], batch.precision
+        given = side.fitted(batch.seen.arguments, batch.seen.keywords, precision)
+        return side.look(*given, graph=self._explains, precision=precision)
 
     def _labels_of(self, seen: Seen) -> Tensor | None:
         labels = seen.keywords.get("labels") if self._labels is None else self._labels
@@ -392,6 +413,7 @@ class ExplanationMonitor:
             pulls["teacher"] = self._sides["teacher"].gradients(guide, target)
         self._measured += 1
         found: dict[str, Tensor] = {}
+        agreements: list[str] = []
         activations = [a for seen in passes.values() for a in seen.activations.values()]
         gradients = [*pulls["student"], *pulls["teacher"]]
         lane = self._lane_of(batch.seen.logits.device)
@@ -407,6 +429,7 @@ class ExplanationMonitor:
                 }
                 if self._explains:
                     _check_spatial(name, spatial)
+                if self._explains and self._has_positions(name, spatial):
                     shapes = {role: spatial[role].shape[2:] for role in pulls}
                     size = tuple(map(max, zip(*shapes.values(), strict=True)))
                     maps = {
@@ -416,22 +439,35 @@ class ExplanationMonitor:
                         for role in pulls
                     }
                     agree = MEASURES[self.agreement](maps["student"], maps["teacher"])
-                    found[f"{name}/agreement"] = agree.mean()
+                    agreements.append(f"{name}/agreement")
+                    found[agreements[-1]] = agree.mean()
                 if self._compares:
                     for role, features in spatial.items():
                         found[f"{name}/{role}"] = compared(features, self._width)
-            if self._compares and batch.labels is not None:
+            if self._asks_labels and batch.labels is not None:
                 found["labels"] = batch.labels
             parcel = lane.send(found)
 
         def arrived(draft: Draft, tensors: dict[str, Tensor]) -> None:
-            for name in [f"{layer}/agreement" for layer in self.layers] if self._explains else ():
+            for name in agreements:
                 draft.add(name, float(tensors.pop(name)), n)
             for name, score in (self._pool.add(tensors) if self._compares else {}).items():
                 draft.add(name, score, 1)
 
         assert self._step is not None
         self._log.expect(self._step, parcel, arrived)
+
+    def _has_positions(self, name: str, spatial: Mapping[str, Tensor]) -> bool:
+        """Whether there is more than one, else a map would be one number divided by itself."""
+        alone = [role for role in ("student", "teacher") if spatial[role].shape[2:].numel() == 1]
+        if alone and name not in self._single:
+            self._single.add(name)
+            warnings.warn(
+                f"ExplanationMonitor: layer {name!r} of the {alone[0]} has a single position for"
+                " these images: there are no maps to agree; take one further to the front",
+                stacklevel=2,
+            )
+        return not alone
 
     def _map(
         self,
@@ -510,8 +546,11 @@ class ExplanationMonitor:
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: it was taken of a monitor with other layers, metrics or the like.
+            ValueError: it was taken of a monitor with other layers, metrics or the like, or is no
+                such state.
         """
+        if not isinstance(state, Mapping) or "settings" not in state:
+            raise ValueError("state: expected what state_dict() of a monitor has given")
         check_settings(state["settings"], self.settings(), "this monitor")
         if (self.probe is None) != (state["probe"] is None):
             raise ValueError("probe: expected one as in the monitor whose state this is, or none")
