@@ -232,6 +232,18 @@ def test_lightning_checkpoints_hold_the_monitor(lightning: Any, tmp_path: Path) 
     assert [step for step, values in found if "last/fss_teacher" in values] == [3, 7, 11]
 
 
+def test_lightning_callbacks_beside_each_other(lightning: Any, tmp_path: Path) -> None:
+    first, second = lightning_callback(), lightning_callback(prefix="second/", every=1)
+    assert first.state_key != second.state_key
+    fit(lightning, first, tmp_path, more=(second,))
+    found, steps = records(first.monitor), [step for step, _ in records(second.monitor)]
+    assert found
+    assert steps == list(range(BATCHES))
+    alone = lightning_callback()
+    fit(lightning, alone, tmp_path / "alone")
+    assert found == records(alone.monitor)
+
+
 def test_lightning_manual_optimisation(lightning: Any, tmp_path: Path) -> None:
     class Manual(lightning.LightningModule):
         automatic_optimization = False

@@ -39,7 +39,7 @@ class ExplanationCallback(_Callback):
             monitor does without.
         log: give values to the trainer's loggers and ``callback_metrics``, and the probe's pictures
             to loggers of TensorBoard.
-        prefix: goes before the names there.
+        prefix: goes before the names there; another one for each of several callbacks.
         sink: as for :class:`fastxkd.ExplanationMonitor`, besides the trainer's loggers.
         **options: further arguments of :class:`fastxkd.ExplanationMonitor`, such as ``every``.
 
@@ -75,6 +75,11 @@ class ExplanationCallback(_Callback):
         self._state: dict[str, Any] | None = None  # from a checkpoint, for the next monitor
         self._news: dict[str, float] = {}
         self._live = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks of one trainer apart in its checkpoints: by their prefixes."""
+        return f"{type(self).__qualname__}({self._prefix})"
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if getattr(pl_module, "_compiler_ctx", None) is not None:
