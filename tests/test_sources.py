@@ -680,6 +680,9 @@ def test_description_says_what_has_to_be_equal(tmp_path):
     (tmp_path / "images" / "a" / "00.png").rename(tmp_path / "images" / "a" / "02.png")
     moved = open_source(spec, image_size=16).describe()
     assert {key for key in first if first[key] != moved[key]} == {"fingerprint"}
+    (tmp_path / "images" / "b" / "00.png").write_bytes(b"another picture")
+    replaced = open_source(spec, image_size=16).describe()
+    assert {key for key in moved if moved[key] != replaced[key]} == {"fingerprint"}
     shards = write_shards(tmp_path / "shards", shards=2)
     before = open_source(shards).describe()
     assert json.loads(json.dumps(before)) == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import heapq
 import os
 from array import array
@@ -15,11 +17,13 @@ from torch import Tensor
 from fastxkd._extras import require
 from fastxkd.runs.data import DEFAULT_MEAN, DEFAULT_STD, ImageData, Split
 from fastxkd.runs.names import Names, printable
-from fastxkd.runs.pictures import EXTENSIONS, is_image, read_image
-from fastxkd.runs.sources import Settings, Source
+from fastxkd.runs.pictures import EXTENSIONS, is_image, open_file, read_image
+from fastxkd.runs.sources import Settings, Source, spread
 
 _TEST_FOLDERS = ("val", "test", "valid", "validation")
 _CACHE_BYTES = 512 << 20
+# Files, and of each so much, that stand for all of them when a run is continued.
+_SAMPLED, _SAMPLED_BYTES = 8, 1 << 20
 
 
 class FolderSplit(Split):
@@ -68,20 +72,29 @@ class FolderSource(Source):
         return printable(self._names[index])
 
     def _read(self, index: int) -> tuple[Tensor, int | None]:
+        channels, size, _ = self.shape
+        path = self._path(index)
+        pixels = read_image(path, size, channels=channels, max_pixels=self.settings.max_pixels)
+        return pixels, self._labels[index] if self._labels[index] >= 0 else None
+
+    def _path(self, index: int) -> str:
         path = os.path.join(self.root, os.fsdecode(self._names[index]))
         if not self._follow_links and not _inside(os.path.realpath(path), self._boundary):
             raise ValueError(
                 "a link that leads out of the data folder; links are followed on request only"
             )
-        channels, size, _ = self.shape
-        pixels = read_image(path, size, channels=channels, max_pixels=self.settings.max_pixels)
-        return pixels, self._labels[index] if self._labels[index] >= 0 else None
+        return path
 
     def describe(self) -> dict[str, Any]:
+        found = hashlib.sha256(self._names.digest().encode())
+        # Names say little of what is in the files; all of them would take too long to read.
+        for index in spread(len(self), _SAMPLED):
+            with contextlib.suppress(OSError, ValueError), open_file(self._path(index)) as file:
+                found.update(hashlib.sha256(file.read(_SAMPLED_BYTES)).digest())
         return {
             **super().describe(),
             "folder": str(self.root),
-            "fingerprint": self._names.digest(),
+            "fingerprint": found.hexdigest(),
             "follow_links": self._follow_links,
         }
 

@@ -165,8 +165,9 @@ class Source(torch.utils.data.Dataset[Sample]):
     def describe(self) -> dict[str, Any]:
         """What must be equal for two runs to see the same images, for JSON.
 
-        ``fingerprint`` stands for what is in the data: names, or pixels where those are in memory
-        anyway; of objects, which can only be asked for one item after another, a few items.
+        ``fingerprint`` stands for what is in the data: names and a few files, or all pixels where
+        those are in memory anyway; of objects, which can only be asked for one item after another,
+        a few items.
         """
         return {
             "data": self.spec,
