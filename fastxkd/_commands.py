@@ -505,11 +505,15 @@ def _distill(plan: Any) -> int:
 
 
 def _verify(out: Path) -> int:
+    from fastxkd.runs.layout import RUN
     from fastxkd.runs.verify import verify
 
     problems = verify(out)
     for problem in problems:
         typer.echo(f"{problem}", err=True)
+    if problems and all(problem.path == RUN for problem in problems):
+        typer.echo(f"{out}: what is there is whole; the command of the run goes on", err=True)
+        return USER_ERROR
     if problems:
         typer.echo(
             f"{len(problems)} problem(s) in {out}; remove the damaged files, and the command that "

@@ -28,9 +28,11 @@ from fastxkd.runs import asked, reader
 from fastxkd.runs.background import Background
 from fastxkd.runs.explain import explain
 from fastxkd.runs.methods import METHODS, SHARED, Methods, statistics
+from fastxkd.runs.models import load_model
 from fastxkd.runs.progress import LineProgress
 from fastxkd.runs.ranks import Ranks
 from fastxkd.runs.verify import verify
+from tests._torchvision import declare_operators
 from tests.conftest import needs
 from tests.test_data import write_images
 
@@ -542,6 +544,50 @@ def test_a_home_folder_and_a_change_of_place(tmp_path, monkeypatch):
     assert reader.open("~/run")[range(3, 0, -2)].scores["index"].to_pylist() == [3, 1]
 
 
+def test_published_weights_are_made_for_a_mean_of_their_own(tmp_path, caplog):
+    declare_operators()
+    needs("torchvision.models")
+    data = [(torch.zeros(3, 32, 32, dtype=torch.uint8), i) for i in range(3)]
+    model = load_model("torchvision:squeezenet1_1", num_classes=3, in_channels=3)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    given: Any = {
+        "num_classes": 3, "weights": tmp_path / "w.pth", "layers": "features.3", "dtype": "uint8"
+    }  # fmt: skip
+    explain("torchvision:squeezenet1_1", data, tmp_path / "a", **given)
+    assert "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225" in caplog.text
+    caplog.clear()
+    explain("torchvision:squeezenet1_1", data, tmp_path / "b", mean=[0.5], **given)
+    assert "--mean" not in caplog.text
+    # What lies in the folder of a run was trained by it.
+    (tmp_path / "run.json").write_text("{}")
+    explain("torchvision:squeezenet1_1", data, tmp_path / "c", **given)
+    assert "--mean" not in caplog.text
+
+
+def test_the_callers_blocks_change_nothing(tmp_path):
+    model, data = net(), Pictures(6)
+    explain(model, data, tmp_path / "plain")
+    blocks = {
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+        "inference": torch.inference_mode(),
+        "no_grad": torch.no_grad(),
+    }
+    for name, block in blocks.items():
+        with block:
+            explain(model, data, tmp_path / name)
+        assert files(tmp_path / name) == files(tmp_path / "plain")
+
+
+def test_a_compiled_model_that_has_run(tmp_path):
+    explain(net(), Pictures(6), tmp_path / "plain")
+    model = torch.compile(net().eval(), backend="eager")
+    model(torch.zeros(1, 1, 16, 16))
+    explain(model, Pictures(6), tmp_path / "run")
+    plain, run = (reader.open(tmp_path / name) for name in ("plain", "run"))
+    assert run.settings["layers"] == ["_orig_mod.late"]
+    assert np.array_equal(run.maps["gradcam"][:], plain.maps["gradcam"][:])
+
+
 def nan_weights() -> Net:
     model = net()
     with torch.no_grad():
@@ -896,6 +942,17 @@ def test_what_the_command_refuses(tmp_path, capsys, given, text):
     assert error.startswith("fastxkd: error: ")
     assert re.search(text, error)
     assert error.count("\n") == 1
+
+
+def test_a_run_that_goes_on_is_not_called_damaged(tmp_path, capsys):
+    with pytest.raises(Stop):
+        explain(net(), Pictures(), tmp_path / "run", chunk=4, batch_size=4, progress=stopping(12))
+    capsys.readouterr()
+    assert cli.main(["explain", "--out", str(tmp_path / "run"), "--verify"]) == 2
+    said = capsys.readouterr().err
+    assert "the run is not complete" in said
+    assert "what is there is whole; the command of the run goes on" in said
+    assert "damaged" not in said
 
 
 def test_weights_from_a_file_are_named_by_their_hash(place):

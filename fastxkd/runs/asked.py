@@ -27,6 +27,7 @@ from fastxkd.runs.chunks import Array
 from fastxkd.runs.cnn import BUILTIN_MODELS
 from fastxkd.runs.data import why
 from fastxkd.runs.layers import last_spatial_layer
+from fastxkd.runs.layout import RUN
 from fastxkd.runs.methods import dtype_of
 from fastxkd.runs.models import check_weights, load_model
 from fastxkd.runs.ranks import Ranks
@@ -37,6 +38,9 @@ from fastxkd.train.distiller import fingerprint
 Dtype = Literal["float16", "float32", "uint8"]
 Names = Sequence[str] | str | None
 _log = logging.getLogger("fastxkd")
+# What these train with, where a model does not say.
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_PUBLISHED = {"timm": _IMAGENET, "torchvision": _IMAGENET}
 File = str | os.PathLike[str]
 
 
@@ -152,6 +156,37 @@ def make_model(
     return Model(module.to(device), settings, file)
 
 
+def check_normalisation(model: Model, source: Source, weights: File | None) -> None:
+    """Say so where weights were most likely trained on images with another mean and spread.
+
+    Weights in a run's folder (of ``fastxkd distill``) are taken to be used as they were trained.
+    """
+    library = model.settings["name"].partition(":")[0]
+    if weights is None or library not in _PUBLISHED or source.mean is None or source.std is None:
+        return
+    if source.settings.mean is not None or source.settings.std is not None:
+        return
+    if (Path(weights).expanduser().parent / RUN).exists():
+        return
+    config = getattr(model.module, "pretrained_cfg", None) or {}
+    mean, std = (tuple(config.get(k, v)) for k, v in _PUBLISHED[library].items())
+    pairs = [*zip(source.mean, mean, strict=False), *zip(source.std, std, strict=False)]
+    if all(abs(own - published) < 0.01 for own, published in pairs):
+        return
+    wanted = " ".join(
+        f"--{name} {','.join(f'{x:g}' for x in values)}"
+        for name, values in (("mean", mean), ("std", std))
+    )
+    _log.warning(
+        "mean, std: images are normalised as fastxkd trains (%.3f, %.3f); weights that %s publishes"
+        " are made for %s",
+        source.mean[0],
+        source.std[0],
+        library,
+        wanted,
+    )
+
+
 def _sha256(file: Any) -> str:
     digest = hashlib.sha256()
     while piece := file.read(1 << 20):
@@ -261,8 +296,8 @@ def check_space(out: Path, images: int, arrays: Mapping[str, Array]) -> None:
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if images * each > 2 * (free + written):
         raise ValueError(
-            f"out: the maps of {images:,} images are {images * each / 1e9:.1f} GB before they are"
-            f" packed, and {disk} has {free / 1e9:.1f} GB left. Take fewer methods or layers, a"
+            f"out: the maps of {images:,} images are {images * each / 1e9:.2g} GB before they are"
+            f" packed, and {disk} has {free / 1e9:.2g} GB left. Take fewer methods or layers, a"
             " smaller size, dtype uint8, or another disk"
         )
 

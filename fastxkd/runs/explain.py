@@ -13,7 +13,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def explain(
         num_classes: outputs of models given by name, where they are not the classes of the data.
         class_names: of the outputs, for the report; None: those of the data, if it has as many.
         image_size, mean, std, channels, max_pixels, follow_links: as in
-            :func:`fastxkd.runs.sources.open_source`.
+            :func:`fastxkd.runs.sources.open_source`. Published weights have a mean and std of their
+            own: (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225) for most.
         chunk: images per chunk, which is done or not done as a whole.
         batch_size: images per pass.
         workers: processes that load images.
@@ -147,6 +148,7 @@ def explain(
             follow_links=follow_links,
         )
         own = asked.make_model(model, "model", weights, num_classes, source, place)
+        asked.check_normalisation(own, source, weights)
         other = None
         if "unicam" in names and base is not None:
             other = asked.make_model(base, "base", base_weights, num_classes, source, place)
@@ -324,10 +326,15 @@ def _finish(
 
 @contextmanager
 def _steady() -> Iterator[None]:
-    """Kernels that give the same bits every time."""
+    """Kernels that give the same bits every time, whatever block the caller is in."""
     cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32
+    with (
+        cudnn.flags(
+            enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32
+        ),
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext(),
     ):
         yield
 

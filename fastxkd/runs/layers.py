@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastxkd.cam.capture import eagerly
 from fastxkd.cam.layouts import to_maps
 
 _STAGES = re.compile(r"(?:.*\.)?(?:layer|stage|block)_?\d+|(?:.*\.)?stages\.\d+")
@@ -93,7 +94,7 @@ def _watched(model: nn.Module, example: Tensor) -> tuple[list[_Output], list[_Ou
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eagerly(model):
             model(example)
     finally:
         for handle in handles:
