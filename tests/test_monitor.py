@@ -753,6 +753,31 @@ def test_a_layer_with_one_position_has_features_only() -> None:
     assert [record.values.keys() for record in monitor.history] == [{"more/agreement"}] * 2
 
 
+def test_maps_that_stay_zero_are_told_of() -> None:
+    class Aside(Net):
+        """Logits that do not change with what its layer gives, from time to time."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = self.body(self.stem(images))
+            return self.head(found.mean((2, 3)) * (0 if self.blank else 1))
+
+        blank = True
+
+    learner, guide = Aside(5, seed=1), teacher()
+    monitor = ExplanationMonitor(learner, guide, "body", every=1, metrics="agreement")
+    train(learner, guide, monitor, batches(2))
+    learner.blank = False
+    train(learner, guide, monitor, batches(1))
+    learner.blank = True
+    train(learner, guide, monitor, batches(2))
+    with pytest.warns(UserWarning, match="'body' of the student were zero for 3 batches") as told:
+        train(learner, guide, monitor, batches(5))
+    monitor.close()
+    assert len(told) == 1
+    assert len(monitor.history) == 10
+    assert monitor.history[-1].values.keys() == {"body/agreement"}
+
+
 def test_nan_is_reported_and_not_raised() -> None:
     learner, guide = student(dropout=0.0), teacher()
     ((images, labels),) = batches(1)

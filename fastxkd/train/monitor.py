@@ -30,6 +30,9 @@ METRICS = ("agreement", "fss", "rs", "unicam")
 AGREEMENTS = tuple(name for name in MEASURES if name != "ssim")
 # Pictures that are kept; of more, every second goes.
 MOST_FRAMES = 64
+# Batches in a row whose maps are zero, before somebody is told.
+BLANK_TIMES = 3
+_GUIDED = ("student", "teacher")
 
 Layer = str | nn.Module
 
@@ -211,6 +214,7 @@ class ExplanationMonitor:
         self._warned = False
         self._went_back = False
         self._single: set[str] = set()  # layers that were told of
+        self._blank: dict[tuple[str, str], int] = {}  # batches in a row without a map
 
     @property
     def history(self) -> list[Record]:
@@ -413,7 +417,7 @@ class ExplanationMonitor:
             pulls["teacher"] = self._sides["teacher"].gradients(guide, target)
         self._measured += 1
         found: dict[str, Tensor] = {}
-        agreements: list[str] = []
+        compared_maps: list[str] = []
         activations = [a for seen in passes.values() for a in seen.activations.values()]
         gradients = [*pulls["student"], *pulls["teacher"]]
         lane = self._lane_of(batch.seen.logits.device)
@@ -439,8 +443,10 @@ class ExplanationMonitor:
                         for role in pulls
                     }
                     agree = MEASURES[self.agreement](maps["student"], maps["teacher"])
-                    agreements.append(f"{name}/agreement")
-                    found[agreements[-1]] = agree.mean()
+                    compared_maps.append(name)
+                    found[f"{name}/agreement"] = agree.mean()
+                    largest = [maps[role].abs().amax() for role in _GUIDED]
+                    found[f"{name}/largest"] = torch.stack(largest)
                 if self._compares:
                     for role, features in spatial.items():
                         found[f"{name}/{role}"] = compared(features, self._width)
@@ -449,7 +455,9 @@ class ExplanationMonitor:
             parcel = lane.send(found)
 
         def arrived(draft: Draft, tensors: dict[str, Tensor]) -> None:
-            for name in agreements:
+            for name in compared_maps:
+                self._look_for_blank_maps(name, tensors.pop(f"{name}/largest").tolist())
+                name = f"{name}/agreement"
                 draft.add(name, float(tensors.pop(name)), n)
             for name, score in (self._pool.add(tensors) if self._compares else {}).items():
                 draft.add(name, score, 1)
@@ -459,7 +467,7 @@ class ExplanationMonitor:
 
     def _has_positions(self, name: str, spatial: Mapping[str, Tensor]) -> bool:
         """Whether there is more than one, else a map would be one number divided by itself."""
-        alone = [role for role in ("student", "teacher") if spatial[role].shape[2:].numel() == 1]
+        alone = [role for role in _GUIDED if spatial[role].shape[2:].numel() == 1]
         if alone and name not in self._single:
             self._single.add(name)
             warnings.warn(
@@ -468,6 +476,21 @@ class ExplanationMonitor:
                 stacklevel=2,
             )
         return not alone
+
+    def _look_for_blank_maps(self, name: str, largest: Sequence[float]) -> None:
+        """Tell of a layer none of whose positions speak for any class, however often they are
+        asked: a head that begins with zeros has a gradient soon."""
+        for role, value in zip(_GUIDED, largest, strict=True):
+            times = self._blank.get((name, role), 0) + 1 if value == 0 else 0
+            self._blank[name, role] = times
+            if times == BLANK_TIMES:
+                warnings.warn(
+                    f"ExplanationMonitor: the maps of layer {name!r} of the {role} were zero for"
+                    f" {times} batches: no gradient comes from the logits to its positions, or"
+                    " none that speaks for the class. Of a transformer with a class token, take"
+                    " what its last attention reads (such as blocks.11.norm1)",
+                    stacklevel=2,
+                )
 
     def _map(
         self,
