@@ -50,6 +50,18 @@ def test_a_batch_gains_maps_and_scores():
     assert found["image"] is images
 
 
+def test_batches_of_nothing_and_weights_of_16_bits():
+    explain = Explain(small().bfloat16())
+    empty = {"image": pictures(0), "name": np.arange(0)}
+    for _ in range(2):  # before and after the first one with images
+        assert explain(empty).keys() == {"image", "name"}
+        found = explain({"image": pictures(3)})
+    assert found["status"].tolist() == ["ok"] * 3
+    assert found["logit"].dtype == np.float32
+    with pytest.raises(ValueError, match=r"model: it does not take images \[1, 16, 16\]"):
+        Explain(small())({"image": pictures(2)[..., 0]})
+
+
 def test_images_that_do_not_fit_are_said_so():
     images = pictures(5)
     ragged = np.empty(5, dtype=object)

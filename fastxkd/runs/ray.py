@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastxkd.cam.maps import Normalize
-from fastxkd.runs.asked import check_targets, choose_layers
+from fastxkd.runs.asked import answering, check_targets, choose_layers
 from fastxkd.runs.data import DEFAULT_MEAN, DEFAULT_STD, normalize, per_channel
 from fastxkd.runs.methods import Methods, Size, statistics
 from fastxkd.runs.models import load_model
@@ -90,6 +90,8 @@ class Explain:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         if self._image not in batch:
             raise ValueError(f"image: expected a column {self._image!r}, got {', '.join(batch)}")
+        if not len(batch[self._image]):  # what a filter has left of a block
+            return dict(batch)
         images, failed = self._pixels(batch[self._image])
         if self._explain is None:
             self._explain = self._methods_for(images)
@@ -105,7 +107,7 @@ class Explain:
         values: dict[str, Tensor] = {
             "predicted": found.logits.argmax(1),
             "target": found.targets,
-            "logit": found.logits.gather(1, column)[:, 0],
+            "logit": found.logits.gather(1, column)[:, 0].float(),
             "probability": found.logits.double().softmax(1).gather(1, column)[:, 0],
         }
         for name, maps in found.maps.items():
@@ -134,6 +136,8 @@ class Explain:
                     weights=None if self._weights is None else os.fspath(self._weights),
                 )
         model = model.to(self._device)
+        with answering(model, "model", example[:1]):
+            pass  # or it says why the model does not take them
         return Methods(
             model,
             self._methods,
