@@ -407,7 +407,9 @@ def explain(
     from fastxkd.runs.progress import shown_progress
     from fastxkd.runs.ranks import started_by_torchrun
 
-    names = None if class_names is None else class_names.read_text("utf-8").splitlines()
+    names = (
+        None if class_names is None else class_names.read_text("utf-8-sig").rstrip().splitlines()
+    )
     with shown_progress(_console()) as progress:
         summary = run_explain(
             model,

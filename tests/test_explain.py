@@ -955,6 +955,19 @@ def test_a_run_that_goes_on_is_not_called_damaged(tmp_path, capsys):
     assert "damaged" not in said
 
 
+def test_names_of_outputs_from_a_file(place, capsys):
+    names = place / "names.txt"
+    names.write_bytes(b"\xef\xbb\xbfvase\r\n<i>urn</i>\r\n\r\n")
+    assert cli.main(words(place, class_names=str(names))) == 0
+    page = (place / "run" / "report.html").read_text("utf-8")
+    assert "\ufeff" not in page
+    predicted = set(reader.open(place / "run").scores["predicted"].to_pylist())
+    assert all(("vase", "&lt;i&gt;urn&lt;/i&gt;")[p] in page for p in predicted)
+    names.write_text("vase\n")
+    assert cli.main(words(place, "other", class_names=str(names))) == 2
+    assert "class_names: expected 2, one per output, got 1" in capsys.readouterr().err
+
+
 def test_weights_from_a_file_are_named_by_their_hash(place):
     import hashlib
 

@@ -325,6 +325,27 @@ def test_members_and_groups_of_every_kind_of_tar(tmp_path, form):
     assert "d.input.png" in names_of_rows
 
 
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        ('{"label": 3}', 3),
+        ('{"label": "3", "cls": 4}', 3),
+        ('"12"', 12),
+        ('{"target": "-1"}', None),
+        ('{"class": "cat"}', None),
+        ('{"label": true}', None),
+        ('{"label": "3.0"}', None),
+    ],
+)
+def test_labels_in_json(tmp_path, content, label):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, data in (("a.png", png(9)), ("a.json", content.encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert open_source(f"webdataset:{tmp_path / 'x.tar'}", image_size=8)[0].label == label
+
+
 def test_large_sizes_in_base_256(tmp_path):
     """GNU tar writes sizes from 8 GiB on in binary; a small one written so reads the same."""
     info = tarfile.TarInfo("a.png")

@@ -27,7 +27,19 @@ __all__ = [
     "read_image",
 ]
 
-EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+EXTENSIONS = {
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".pgm",
+    ".ppm",
+}
 # 8192 x 8192. An image that claims more is refused before a single pixel of it is decoded.
 PIXEL_LIMIT = 1 << 26
 # Decoders for these and no other: left to itself Pillow would also hand PostScript to Ghostscript.

@@ -31,6 +31,7 @@ _LABELS = ("cls", "json")
 _LABEL_KEYS = ("label", "cls", "class", "target")
 _LABEL_BYTES = 1 << 20
 _MOST_SHARDS = 1_000_000
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 _META = re.compile(rb"__[^/]*__($|/)")
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -104,7 +105,7 @@ class ShardSource(Source):
         content = _exactly(descriptor, size, start)
         if _LABELS[kind] == "cls":
             text = content.decode("ascii", "replace").strip()
-            if not re.fullmatch(r"-?[0-9]{1,18}", text):
+            if not _WHOLE.fullmatch(text):
                 raise ValueError(f"expected a whole number as label (cls), got {text[:40]!r}")
             label: int | None = int(text)
         else:
@@ -128,8 +129,8 @@ def open_shards(spec: str, settings: Settings) -> ShardSource:
     ``{000..012}`` counts with as many digits as were written, ``{a,b}`` lists. Members are one
     sample as WebDataset has it: neighbours whose paths are equal up to the first dot of the file
     name. Its image is the first member with an image's extension; its label is ``.cls`` (a whole
-    number) or ``label``, ``cls``, ``class`` or ``target`` in ``.json``; other members, pickles
-    (``.pyd``, ``.pth``) among them, are never opened.
+    number) or ``label``, ``cls``, ``class`` or ``target`` in ``.json`` (a whole number, or one as
+    text); other members, pickles (``.pyd``, ``.pth``) among them, are never opened.
 
     A sample without an image, with a member twice, with a link or a device among its members, or
     with a path that is absolute or climbs (``..``) is an error of that image. So is the end of a
@@ -287,4 +288,6 @@ def _json_label(content: bytes) -> int | None:
         raise ValueError(f"its label (json) cannot be read: {error}") from None
     if isinstance(found, dict):
         found = next((found[key] for key in _LABEL_KEYS if key in found), None)
+    if isinstance(found, str) and _WHOLE.fullmatch(found):
+        return int(found)
     return found if isinstance(found, int) and not isinstance(found, bool) else None
