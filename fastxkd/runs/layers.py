@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -47,8 +48,8 @@ class _Watcher:
         self._prefix = getattr(model, "num_prefix_tokens", None)
         self._inside = 0
         self._place = 0
-        # They are kept alive, so that an address belongs to one tensor.
-        self._made: dict[int, tuple[str, Tensor]] = {}
+        # By address, which another tensor may have when this one is gone.
+        self._made: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
 
     def entering(self, module: nn.Module, inputs: tuple[Any, ...], keywords: Any) -> None:
         if not _ATTENTION.search(type(module).__name__):
@@ -57,8 +58,11 @@ class _Watcher:
         if not given or given[0].dim() != 3:
             return
         self._inside += 1
-        name, read = self._made.get(id(given[0]), ("", None))
-        if self._inside > 1 or read is None or len(read) != len(self._example):
+        name, made = self._made.get(id(given[0]), ("", None))
+        read = None if made is None else made()
+        if self._inside > 1 or read is None or read is not given[0]:
+            return
+        if len(read) != len(self._example):
             return
         prefix = self._prefix if isinstance(self._prefix, int) else None
         try:
@@ -76,7 +80,7 @@ class _Watcher:
         if not isinstance(found, Tensor) or self._inside:
             return
         if found.dim() == 3:
-            self._made[id(found)] = name, found
+            self._made[id(found)] = name, weakref.ref(found)
         elif found.dim() == 4 and len(found) == len(self._example):
             self._place += 1
             self.outputs.append(_Output(name, found.shape[2], found.shape[3], self._place))
