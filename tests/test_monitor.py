@@ -463,6 +463,36 @@ def test_a_checkpoint_that_hides_its_gradient_is_named() -> None:
         assert "one/fss_teacher" in monitor.history[0].values
 
 
+def monitors() -> int:
+    gc.collect()
+    return sum(type(x) is ExplanationMonitor for x in gc.get_objects())
+
+
+@pytest.mark.parametrize("way", ["copied", "saved"])
+def test_a_copy_made_in_a_step_is_watched_by_nobody(way: str) -> None:
+    learner, guide = student(dropout=0.0), teacher()
+    monitor = ExplanationMonitor(
+        learner, guide, "body", pool=BATCH, logits=lambda output: output, sink=lambda *given: None
+    )
+    ((images, labels),) = batches(1)
+    before = monitors()
+    with monitor.step(labels):
+        if way == "copied":
+            twin = copy.deepcopy(learner)
+        else:
+            file = io.BytesIO()
+            torch.save(learner, file)
+            assert file.tell() < 20 * sum(p.numel() for p in learner.parameters()) + 20_000
+            file.seek(0)
+            twin = torch.load(file, weights_only=False)
+        assert torch.equal(twin(images), learner(images))
+        assert monitors() == before
+    monitor.close()
+    assert hooks(learner) == 0
+    assert len(monitor.history) == 1
+    assert torch.equal(twin(images), learner(images))
+
+
 def test_numbers_of_steps() -> None:
     learner, guide = student(), teacher()
     monitor = ExplanationMonitor(learner, guide, "body", pool=BATCH)

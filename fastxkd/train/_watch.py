@@ -221,6 +221,11 @@ class Watch:
             core.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
 
+    def __reduce__(self) -> tuple[Callable[[], Watch], tuple[()]]:
+        # A copy of the model that is made, or saved, in the middle of a step has our hooks. It must
+        # not take a copy of everything that watches along, nor be watched.
+        return _nobody, ()
+
     def close(self) -> None:
         if self._tap is not None:  # an interrupted pass; its gradient mode is gone with its frames
             self._tap.__exit__()
@@ -275,6 +280,13 @@ class Watch:
         seen = self._side.seen(tap, output, arguments, keywords)
         self._found(seen._replace(lasting=self._detach or not self._graph))
         return tree_map(_detached, output) if self._detach else None
+
+
+def _nobody() -> Watch:
+    """Whose hooks do nothing: no thread has this number."""
+    watch = object.__new__(Watch)
+    watch._tap, watch._thread, watch._handles = None, -1, []
+    return watch
 
 
 def _core(model: nn.Module) -> nn.Module:
