@@ -257,7 +257,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
     def __len__(self) -> int:
         return self.steps_per_epoch
 
-    def iterate(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, first: int, last: int) -> Iterator[tuple[Tensor, ...]]:
         """Normalised images and labels of the steps ``first .. last - 1``, on the device."""
         for batch in self._source(first, last):
             self.data.skipped.update(batch.errors)

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastxkd.cam.capture import evaluating
+from fastxkd.train.fusion import ExplainedStudent
+
 _STAGES = re.compile(r"(?:.*\.)?(?:layer|stage|block)_?\d+|(?:.*\.)?stages\.\d+")
 _CONTAINERS = re.compile(r"(?:.*\.)?_?(?:blocks|features|stages|layers)\.\d+")
 MOST_LAYERS = 4
@@ -66,7 +69,8 @@ def default_layers(model: nn.Module, example: Tensor) -> list[str]:
 
     Modules called ``layer1``.. or ``stage1``.. (or ``stages.0``..) are taken as they are; of blocks
     in a container (``blocks``, ``features``, ``layers``) the last at every resolution; of any other
-    model the last module at every resolution.
+    model the last module at every resolution. Of an :class:`ExplainedStudent` those of the student
+    inside it.
 
     Args:
         model: any classifier with spatial activations.
@@ -75,6 +79,10 @@ def default_layers(model: nn.Module, example: Tensor) -> list[str]:
     Raises:
         ValueError: nothing in the model puts out [N, C, H, W] with more than one position.
     """
+    if isinstance(model, ExplainedStudent):
+        with torch.no_grad(), evaluating(model):
+            seen = model.seen(example)
+        return [f"student.{name}" for name in default_layers(model.student, seen)]
     outputs = [
         output for output in _spatial_outputs(model, example) if output.height * output.width > 1
     ]
