@@ -25,7 +25,9 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 # The C++ kernels, one source each.
-SOURCES = ["kd_loss", "dist", "cam", "distance", "pairs", "principal"]
+SOURCES = ["kd_loss", "dist", "cam", "distance", "pairs", "principal", "concepts", "unit_counts"]
+# What a source needs beyond the flags below: sums that are the same on every machine.
+OWN_FLAGS = {"concepts": ["-ffp-contract=off"]}
 HEADERS = [str(CSRC / "ops.h"), *sorted(map(str, (CSRC / "cpu").glob("*.h")))]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("FASTXKD_SANITIZE") == "1"
@@ -103,7 +105,7 @@ class BuildKernels(build_ext):
                 [str(CSRC / "cpu" / f"{source}.cpp")],
                 output_dir=str(Path(self.build_temp) / level),
                 macros=[("FXK_ISA", level)],
-                extra_postargs=[*FLAGS, *LEVELS[level]],
+                extra_postargs=[*FLAGS, *LEVELS[level], *OWN_FLAGS.get(source, [])],
                 depends=HEADERS,
             )
 
@@ -170,6 +172,7 @@ def extensions() -> list[Pybind11Extension]:
     if wanted("FASTXKD_EMULATOR"):
         # Small bounds, so that small batches reach what large ones run through.
         flags = ["-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas"]
+        flags.append("-ffp-contract=off")  # what is fused says so
         # The sanitizers' checks in optimised code take many minutes to compile.
         sanitizers = ["-fsanitize=address,undefined", "-O0", "-g1", "-DFXK_EMULATOR_UCONTEXT"]
         found.append(
@@ -177,7 +180,7 @@ def extensions() -> list[Pybind11Extension]:
                 "fastxkd._emulator",
                 [str(CSRC / "emulator" / "bindings_emulator.cpp")],
                 cxx_std=17,
-                define_macros=[("FXK_TOTALS_READS", "64")],
+                define_macros=[("FXK_TOTALS_READS", "64"), ("FXK_ENTRY_BYTES", "8192")],
                 extra_compile_args=[*flags, "-O1", "-g0", *(sanitizers if SANITIZE else [])],
                 extra_link_args=sanitizers[:1] if SANITIZE else [],
                 depends=[

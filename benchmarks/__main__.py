@@ -7,7 +7,7 @@ import sys
 
 NAMES = (
     *("kd_loss", "linear_kd_loss", "relations", "cam", "unicam", "distance", "road", "step"),
-    *("monitor", "explain"),
+    *("monitor", "explain", "concepts"),
 )
 
 if __name__ == "__main__":

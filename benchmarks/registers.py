@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks._machine import ROOT
-from fastxkd._triton import cam, distance, plan
+from fastxkd._triton import cam, concepts, distance, plan
 from fastxkd._triton import kd_loss as kernels
 from fastxkd.ops._distance_gpu import NARROW
 from fastxkd.ops._logits import DIVERGENCES, REDUCTIONS
@@ -43,6 +43,9 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
@@ -181,7 +184,44 @@ class DistanceCase:
         )
 
 
-def compiled(case: Case | CamCase | DistanceCase, target: str) -> tuple[Usage, str]:
+@dataclass
+class ConceptCase:
+    """A launch of concepts to compile, or of the counts beside it."""
+
+    kernel: str  # present, lists, tally, label_areas, unit_counts
+    dtype: torch.dtype = torch.float32
+    mask_dtype: torch.dtype = torch.int16
+
+    @property
+    def variant(self) -> str:
+        of_masks = self.kernel in ("present", "tally", "label_areas")
+        kind = str(self.mask_dtype).removeprefix("torch.")
+        return self.kernel + (f", masks of {kind}" if of_masks else "")
+
+    def launch(self, target: str) -> plan.Launch:
+        kind = TARGETS[target]
+        device = plan.Device(132, kind.warp_size, kind.backend == "cuda")
+        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+        def tensor(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        maps, strides = tensor(64, 512, 7, 7, dtype=self.dtype), [512 * 49, 49, 1]
+        masks, labels = tensor(64, 6, 112, 112, dtype=self.mask_dtype), tensor(64, 4)
+        if self.kernel == "label_areas":
+            return concepts.plan_label_areas(masks, labels, tensor(1200), device)
+        if self.kernel == "unit_counts":
+            counts = tensor(512, 2**11 + 1)
+            return concepts.plan_unit_counts(maps, tensor(512), 21, 11, counts, strides, device)
+        between = tensor(112, dtype=torch.int32), tensor(112, dtype=exact)
+        tables = masks, labels, tensor(1200), between, between
+        launches, _, _ = concepts.plan(
+            maps, tensor(512, dtype=exact), *tables, strides, tensor(512, 1200), 6, device
+        )
+        return launches[("present", "lists", "tally").index(self.kernel)]
+
+
+def compiled(case: Case | CamCase | DistanceCase | ConceptCase, target: str) -> tuple[Usage, str]:
     """The usage and the machine code in text of a launch, compiled as a call would compile it."""
     launch = case.launch(target)
     constants, signature, aligned = {}, {}, {}
@@ -279,6 +319,15 @@ def distance_cases() -> Iterator[DistanceCase]:
             yield DistanceCase("weights", dtype, cols=cols)
 
 
+def concept_cases() -> Iterator[ConceptCase]:
+    for dtype in DTYPES:
+        for kernel in ("lists", "tally", "unit_counts"):
+            yield ConceptCase(kernel, dtype)
+    for mask_dtype in (torch.uint8, torch.int32):
+        for kernel in ("present", "tally", "label_areas"):
+            yield ConceptCase(kernel, mask_dtype=mask_dtype)
+
+
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for size, classes in sizes(dtype).items():
@@ -291,7 +340,7 @@ def cases() -> Iterator[Case]:
 
 
 def triton_kernels() -> Iterator[Usage]:
-    for case in chain(cases(), cam_cases(), distance_cases()):
+    for case in chain(cases(), cam_cases(), distance_cases(), concept_cases()):
         for target in TARGETS:
             yield compiled(case, target)[0]
 

@@ -228,6 +228,112 @@ void principal(int level, int threads, Address parts, Address projection, Addres
   checked(FXK_AT(level, principal)(a, threads));
 }
 
+// tensors: activations, thresholds, masks, labels, categories, the rows and how far down, the
+// columns and how far along, intersections, areas. sizes: n, units, height, width, layers,
+// out_height, out_width, given, label_count, category_count. strides: n, c, p.
+int64_t concepts(int level, int threads, const std::vector<Address>& tensors,
+                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int dtype,
+                 int mask_dtype) {
+  if (tensors.size() != 11 || sizes.size() != 10 || strides.size() != 3)
+    throw std::invalid_argument("concepts: expected eleven tensors, ten sizes, three strides");
+  fxk::ConceptArgs a{};
+  a.activations = pointer<void>(tensors[0]);
+  a.thresholds = pointer<void>(tensors[1]);
+  a.masks = pointer<void>(tensors[2]);
+  a.labels = pointer<int64_t>(tensors[3]);
+  a.categories = pointer<int64_t>(tensors[4]);
+  a.rows = pointer<int32_t>(tensors[5]);
+  a.down = pointer<void>(tensors[6]);
+  a.columns = pointer<int32_t>(tensors[7]);
+  a.along = pointer<void>(tensors[8]);
+  a.intersections = pointer<int64_t>(tensors[9]);
+  a.areas = pointer<int64_t>(tensors[10]);
+  a.n = sizes[0];
+  a.units = sizes[1];
+  a.height = sizes[2];
+  a.width = sizes[3];
+  a.layers = sizes[4];
+  a.out_height = sizes[5];
+  a.out_width = sizes[6];
+  a.given = sizes[7];
+  a.label_count = sizes[8];
+  a.category_count = sizes[9];
+  a.stride_n = strides[0];
+  a.stride_c = strides[1];
+  a.stride_p = strides[2];
+  a.dtype = dtype;
+  a.mask_dtype = mask_dtype;
+  py::gil_scoped_release release;
+  return checked(FXK_AT(level, concepts)(a, threads));
+}
+
+// tensors: masks, labels, areas. sizes: n, layers, height, width, given, label_count.
+int64_t label_areas(int level, int threads, const std::vector<Address>& tensors,
+                    const std::vector<int64_t>& sizes, int mask_dtype) {
+  if (tensors.size() != 3 || sizes.size() != 6)
+    throw std::invalid_argument("label_areas: expected three tensors and six sizes");
+  fxk::LabelAreaArgs a{};
+  a.masks = pointer<void>(tensors[0]);
+  a.labels = pointer<int64_t>(tensors[1]);
+  a.areas = pointer<int64_t>(tensors[2]);
+  a.n = sizes[0];
+  a.layers = sizes[1];
+  a.height = sizes[2];
+  a.width = sizes[3];
+  a.given = sizes[4];
+  a.label_count = sizes[5];
+  a.mask_dtype = mask_dtype;
+  py::gil_scoped_release release;
+  return checked(FXK_AT(level, label_areas)(a, threads));
+}
+
+// tensors: activations, low, counts. sizes: n, units, positions, shift, bits. strides: n, c, p.
+void unit_counts(int level, int threads, const std::vector<Address>& tensors,
+                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                 int dtype) {
+  if (tensors.size() != 3 || sizes.size() != 5 || strides.size() != 3)
+    throw std::invalid_argument("unit_counts: expected three tensors, five sizes, three strides");
+  fxk::UnitCountArgs a{};
+  a.activations = pointer<void>(tensors[0]);
+  a.low = pointer<int64_t>(tensors[1]);
+  a.counts = pointer<int64_t>(tensors[2]);
+  a.n = sizes[0];
+  a.units = sizes[1];
+  a.positions = sizes[2];
+  a.shift = sizes[3];
+  a.bits = sizes[4];
+  a.stride_n = strides[0];
+  a.stride_c = strides[1];
+  a.stride_p = strides[2];
+  a.dtype = dtype;
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, unit_counts)(a, threads));
+}
+
+// tensors: activations, low, high, keys, found. sizes: n, units, positions, room. strides: n, c, p.
+void unit_values(int level, int threads, const std::vector<Address>& tensors,
+                 const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                 int dtype) {
+  if (tensors.size() != 5 || sizes.size() != 4 || strides.size() != 3)
+    throw std::invalid_argument("unit_values: expected five tensors, four sizes, three strides");
+  fxk::UnitValueArgs a{};
+  a.activations = pointer<void>(tensors[0]);
+  a.low = pointer<int64_t>(tensors[1]);
+  a.high = pointer<int64_t>(tensors[2]);
+  a.keys = pointer<int64_t>(tensors[3]);
+  a.found = pointer<int64_t>(tensors[4]);
+  a.n = sizes[0];
+  a.units = sizes[1];
+  a.positions = sizes[2];
+  a.room = sizes[3];
+  a.stride_n = strides[0];
+  a.stride_c = strides[1];
+  a.stride_p = strides[2];
+  a.dtype = dtype;
+  py::gil_scoped_release release;
+  checked(FXK_AT(level, unit_values)(a, threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
@@ -242,4 +348,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("distance_grad_tile", &distance_grad_tile);
   m.def("pair_distances", &pair_distances);
   m.def("principal", &principal);
+  m.def("concepts", &concepts);
+  m.def("label_areas", &label_areas);
+  m.def("unit_counts", &unit_counts);
+  m.def("unit_values", &unit_values);
 }

@@ -107,8 +107,56 @@ struct PrincipalArgs {
   int dtype;
 };
 
+struct ConceptArgs {
+  const void* activations;  // [n, units, height * width]: positions contiguous or units contiguous
+  const void* thresholds;   // [units]; float64 for float64 activations, else float32
+  const void* masks;        // [n, layers, out_height, out_width] contiguous: labels, 0 for none
+  const int64_t* labels;    // [n, given]: image-level labels, 0 for none
+  const int64_t* categories;  // [label_count]
+  const int32_t* rows;        // [out_height]: the upper of the two rows that each is between
+  const void* down;           // [out_height], like thresholds: how far it is from that one
+  const int32_t* columns;     // [out_width]
+  const void* along;          // [out_width]
+  int64_t* intersections;     // [units, label_count], added to
+  int64_t* areas;             // [units, category_count], added to
+  int64_t n, units, height, width, layers, out_height, out_width;
+  int64_t given, label_count, category_count;
+  int64_t stride_n, stride_c, stride_p;
+  int dtype, mask_dtype;
+};
+
+struct LabelAreaArgs {
+  const void* masks;      // [n, layers, height, width] contiguous
+  const int64_t* labels;  // [n, given]
+  int64_t* areas;         // [label_count], added to
+  int64_t n, layers, height, width, given, label_count;
+  int mask_dtype;
+};
+
+struct UnitCountArgs {
+  const void* activations;  // [n, units, positions]: positions contiguous or units contiguous
+  const int64_t* low;       // [units]: the first key that is counted
+  int64_t* counts;          // [units, 2^bits + 1], added to
+  int64_t n, units, positions, shift, bits;
+  int64_t stride_n, stride_c, stride_p;
+  int dtype;
+};
+
+struct UnitValueArgs {
+  const void* activations;  // as of UnitCountArgs
+  const int64_t* low;       // [units]: the first key that is wanted
+  const int64_t* high;      // [units]: the last; below `low` where none is
+  int64_t* keys;            // [units, room]: those found, in no order
+  int64_t* found;           // [units]: how many; added to, beyond `room` too
+  int64_t n, units, positions, room;
+  int64_t stride_n, stride_c, stride_p;
+  int dtype;
+};
+
+enum MaskType : int { kUInt8 = 0, kInt16 = 1, kInt32 = 2 };
+
 // What every kernel returns: kOk, kNoMemory, kBadIndex (a teacher index outside the classes), or
-// the row whose label lies outside the classes.
+// the row whose label lies outside the classes; of concepts and label_areas, the image.
 enum Status : int64_t { kOk = -1, kNoMemory = -2, kBadIndex = -3 };
 
 // kd_loss_scale: grad *= upstream, row by row when per_row; returns at once where every factor is
@@ -126,6 +174,10 @@ enum Status : int64_t { kOk = -1, kNoMemory = -2, kBadIndex = -3 };
   int64_t pair_distances(const void* rows, int64_t n, int64_t width, int dtype, double* out,       \
                          int threads);                                                             \
   int64_t principal(const PrincipalArgs&, int threads);                                            \
+  int64_t concepts(const ConceptArgs&, int threads);                                               \
+  int64_t label_areas(const LabelAreaArgs&, int threads);                                          \
+  int64_t unit_counts(const UnitCountArgs&, int threads);                                          \
+  int64_t unit_values(const UnitValueArgs&, int threads);                                          \
   }
 FXK_DECLARE(baseline)
 FXK_DECLARE(avx2)

@@ -26,8 +26,8 @@ app = typer.Typer(
 )
 
 MODEL_HELP = (
-    "cnn-large, cnn-medium, cnn-small, timm:NAME, torchvision:NAME, package.module:factory or "
-    "file.py:factory."
+    "cnn-large, cnn-medium, cnn-small, timm:NAME, torchvision:NAME, package.module:factory, "
+    "file.py:factory or xdistill:FILE (student.safetensors of a run with explanations)."
 )
 WEIGHTS_HELP = "Weights of it: .safetensors, or .pth/.pt holding a state_dict."
 DATA_HELP = "builtin, fashion-mnist[:ROOT] or imagefolder:ROOT."
@@ -35,6 +35,10 @@ SOURCE_HELP = (
     "builtin, fashion-mnist[:ROOT], imagefolder:ROOT, webdataset:SHARDS (train-{000..012}.tar), "
     "hf:PATH, torchvision:NAME:ROOT, package.module:factory or file.py:factory; #PART at the end "
     "where the data has parts."
+)
+CONCEPTS_HELP = (
+    "broden:ROOT[#SPLIT] (index.csv, label.csv, category.csv, c_*.csv), conceptfolder:ROOT "
+    "(images/, masks/LAYER/, labels.csv) or composed[:COUNT[@SEED]] (picture stamps on textures)."
 )
 EXPLAIN_CODES = (
     "Exit status: 0 done (under torchrun also where images failed); 2 something asked for cannot "
@@ -106,10 +110,19 @@ def _root(
 
 @app.command(epilog=EXIT_CODES)
 def distill(
-    teacher: Annotated[str, typer.Option(help=MODEL_HELP)],
+    teacher: Annotated[
+        str, typer.Option(help=f"{MODEL_HELP[:-1]}; self: as --student (self-distillation).")
+    ],
     student: Annotated[str, typer.Option(help=MODEL_HELP)],
     data: Data,
     out: Out,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="kd: the teacher's answers; xdistill: and its explanations, which an autoencoder "
+            "learns to draw for the student; medtex: through a learned mask."
+        ),
+    ] = "kd",
     teacher_weights: Annotated[
         Optional[Path], typer.Option(help=f"{WEIGHTS_HELP} Without, the teacher is trained first.")  # noqa: UP045
     ] = None,
@@ -131,6 +144,86 @@ def distill(
     temperature: Annotated[float, typer.Option(help="Of the distillation loss.")] = 4.0,
     ce_weight: Annotated[float, typer.Option(help="Of the labels in the student's loss.")] = 0.1,
     kd_weight: Annotated[float, typer.Option(help="Of the teacher in the student's loss.")] = 0.9,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of the uniform distribution in the labels.")
+    ] = 0.0,
+    teacher_label_smoothing: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of the teacher. Default: as --label-smoothing."),
+    ] = None,
+    generations: Annotated[
+        int,
+        typer.Option(
+            help="kd: from the second on, the student is taught by the one before, and starts "
+            "from the first weights again (born-again networks)."
+        ),
+    ] = 1,
+    explainers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="xdistill: of the teacher, comma separated: gradcam (and its family), "
+            "input_x_gradient, integrated_gradients, gradient_shap, occlusion. Default: gradcam."
+        ),
+    ] = None,
+    join: Annotated[
+        Optional[str], typer.Option(help="xdistill: concat (a map each, the default) or mean.")  # noqa: UP045
+    ] = None,
+    sign: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="xdistill: of pixel attributions, absolute (the default) or positive."),
+    ] = None,
+    fusion: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="xdistill: how the student is told: concat (the default), gate, attend, feature, "
+            "or none."
+        ),
+    ] = None,
+    first_weights: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="xdistill: of what is added for the maps, zeros (the default) or random."
+        ),
+    ] = None,
+    explanation_weight: Annotated[
+        Optional[float], typer.Option(help="xdistill: of phi's loss in the second stage [1].")  # noqa: UP045
+    ] = None,
+    ssim_weight: Annotated[
+        Optional[float], typer.Option(help="xdistill: of 1 - SSIM in phi's loss [0].")  # noqa: UP045
+    ] = None,
+    match_weight: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="xdistill: of the student's own Grad-CAM as it deviates from the teacher's; "
+            "e2KD's term, not the paper's [0]."
+        ),
+    ] = None,
+    phi_epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="xdistill: of the first stage; 0: together from the start [50]."),
+    ] = None,
+    phi_lr: Annotated[
+        Optional[float], typer.Option(help="xdistill: of the first stage, Adam [0.001].")  # noqa: UP045
+    ] = None,
+    freeze_phi: Annotated[
+        Optional[bool], typer.Option(help="xdistill: keep phi as the first stage left it.")  # noqa: UP045
+    ] = None,
+    explanations: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="xdistill: folder of the teacher's maps. Default: in --out."),
+    ] = None,
+    vid_weight: Annotated[
+        Optional[float], typer.Option(help="medtex: of the layers' mutual information [1].")  # noqa: UP045
+    ] = None,
+    sparsity_weight: Annotated[
+        Optional[float], typer.Option(help="medtex: of the mask's mean [0.01].")  # noqa: UP045
+    ] = None,
+    reference_kd: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            help="xdistill, medtex: train plain distillation, too, to compare with [yes]."
+        ),
+    ] = None,
     layers: Layers = None,
     teacher_layers: TeacherLayers = None,
     image_size: ImageSize = None,
@@ -162,8 +255,29 @@ def distill(
     .safetensors and checkpoints; the same command after an interruption ends with the same weights.
     """
     from fastxkd.runs.distill import DistillPlan
+    from fastxkd.runs.xdistill import explained_options
     from fastxkd.train import TrainSettings
 
+    shown = explained_options(
+        method,
+        {
+            "explainers": _names(explainers),
+            "join": join,
+            "sign": sign,
+            "fusion": fusion,
+            "first_weights": first_weights,
+            "explanation_weight": explanation_weight,
+            "ssim_weight": ssim_weight,
+            "match_weight": match_weight,
+            "phi_epochs": phi_epochs,
+            "phi_lr": phi_lr,
+            "freeze_phi": freeze_phi,
+            "explanations": explanations,
+            "vid_weight": vid_weight,
+            "sparsity_weight": sparsity_weight,
+            "reference_kd": reference_kd,
+        },
+    )
     settings = TrainSettings(
         epochs=epochs,
         batch_size=batch_size,
@@ -174,6 +288,7 @@ def distill(
         temperature=temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,
+        label_smoothing=label_smoothing,
         seed=seed,
         amp=amp,
     )
@@ -184,10 +299,14 @@ def distill(
             data=data,
             out=out,
             settings=settings,
+            method=method,
+            shown=shown,
+            generations=generations,
             teacher_weights=teacher_weights,
             student_weights=student_weights,
             teacher_epochs=teacher_epochs,
             teacher_lr=teacher_lr,
+            teacher_label_smoothing=teacher_label_smoothing,
             layers=_names(layers),
             teacher_layers=_names(teacher_layers),
             image_size=image_size,
@@ -457,6 +576,137 @@ def explain(
 
 
 @app.command(epilog=EXIT_CODES)
+def dissect(
+    model: Annotated[
+        list[str], typer.Option(help=f"{MODEL_HELP} Several times to compare models.")
+    ],
+    data: Annotated[str, typer.Option(help=CONCEPTS_HELP)],
+    out: Out,
+    weights: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help=f"{WEIGHTS_HELP} One for each model."),
+    ] = None,
+    layer: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="One for each model, or one for all. Default: the last with positions."),
+    ] = None,
+    name: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="What tables call each model: student, base, teacher, ..."),
+    ] = None,
+    q: Annotated[
+        float, typer.Option("--q", help="Share of a unit's activations above its threshold.")
+    ] = 0.005,
+    quantile: Annotated[
+        str, typer.Option(help="exact, or published: the point the authors' code reads.")
+    ] = "exact",
+    threshold: Annotated[float, typer.Option(help="IoU from which a unit is a detector.")] = 0.05,
+    repeats: Annotated[
+        str,
+        typer.Option(help="A label in two layers of a pixel counts each time, or once."),
+    ] = "each",
+    size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Side that masks are brought to and maps are compared at. Default: as the masks "
+            "are stored; composed 112."
+        ),
+    ] = None,
+    num_classes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Outputs of the models; concept data names no classes."),
+    ] = None,
+    image_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Side in pixels that images are stretched to. Default: 224."),
+    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Take masks without a labelled pixel.")
+    ] = False,
+    spool: Annotated[
+        bool,
+        typer.Option(
+            help="Activations wait on the disk, in --out; without, each model runs over the data "
+            "three or four times."
+        ),
+    ] = True,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the activations there afterwards.")
+    ] = False,
+    chunk: Annotated[
+        int, typer.Option(help="Images that are written together, and done or not done as one.")
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per pass; lies within a chunk.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
+    device: Device = "auto",
+    gallery: Annotated[int, typer.Option(help="Units shown in the report, per model.")] = 12,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in --out, or start over in it.")
+    ] = True,
+) -> int:
+    """Say which concepts the units of a layer detect (network dissection).
+
+    --out receives units.csv, units.parquet, counts.json, errors.jsonl, run.json and report.html.
+    The same command after an interruption goes on where it stopped.
+    """
+    from fastxkd.runs.dissect import dissect as run_dissect
+    from fastxkd.runs.progress import shown_progress
+
+    def told(what: str, done: int, total: int) -> None:
+        if done == total:
+            typer.echo(f"{what}: {total:,} images")
+
+    console = _console()
+    with shown_progress(console) as progress:
+        done = run_dissect(
+            model,
+            data,
+            out,
+            weights=weights or None,
+            layers=layer[0] if layer and len(layer) == 1 else layer or None,
+            names=name or None,
+            q=q,
+            quantile=quantile,  # type: ignore[arg-type]
+            iou_threshold=threshold,
+            repeats=repeats,  # type: ignore[arg-type]
+            spool=spool,
+            keep=keep,
+            num_classes=num_classes,
+            image_size=image_size,
+            mean=_numbers("mean", mean),
+            std=_numbers("std", std),
+            size=size,
+            allow_empty=allow_empty,
+            chunk=chunk,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            gallery=gallery,
+            resume=resume,
+            progress=progress.measure if console.is_terminal else told,
+        )
+    rows = []
+    for found in done.models.values():
+        result = found.dissection
+        row = {"model": found.name, "layer": found.layer, "units": f"{len(result.units):,}"}
+        row |= {"detectors": f"{result.detectors:,}", "unique": f"{result.unique_detectors:,}"}
+        row |= {category: f"{n.detectors:,}" for category, n in result.counts.items()}
+        rows.append(row)
+    console.print(_table(f"Concept detectors on {data}", rows))
+    typer.echo(f"report: {(out / 'report.html').resolve()}")
+    if not done.failed:
+        return 0
+    typer.echo(
+        f"{len({one.index for one in done.failed}):,} of {done.images:,} images were left out, see "
+        f"{(out / 'errors.jsonl').resolve()}",
+        err=True,
+    )
+    return SKIPPED_IMAGES
+
+
+@app.command(epilog=EXIT_CODES)
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo"),
     resume: Annotated[
@@ -471,6 +721,58 @@ def demo(
     from fastxkd.runs.demo import demo_plan
 
     return _distill(demo_plan(out, device=device, resume=resume))
+
+
+@app.command(epilog=EXIT_CODES)
+def reproduce(
+    study: Annotated[
+        str, typer.Argument(help="unicam, interpretability, xdistillation or all.")
+    ] = "all",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Parts of the data, fewer epochs and seeds.")
+    ] = False,
+    seeds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="How many. Default: 5, quick 3. More may be asked for later."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for results; new, or a run to resume.")
+    ] = Path("reproduction"),
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="fashion-mnist[:ROOT] or builtin. Default: the full set; with --quick the "
+            "built-in subset where the full set is missing."
+        ),
+    ] = None,
+    stamps: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the picture stamps. Default: where Debian installs them."),
+    ] = None,
+    device: Device = "auto",
+) -> int:
+    """Train and measure what the papers claim, and say which claims hold here.
+
+    Every claim with the paper's number, ours, an interval over seeds, and holds, does not hold or
+    not decided. --out receives claims.json, claims.md, report.html and the trained models; the same
+    command after an interruption of any kind goes on where it stopped.
+    """
+    from fastxkd.runs.reproduce import reproduce as run_reproduce
+    from fastxkd.runs.reproduce.table import to_text
+
+    outcome = run_reproduce(
+        study,
+        out,
+        quick=quick,
+        seeds=seeds,
+        data=data,
+        stamps=stamps,
+        device=device,
+        say=typer.echo,
+    )
+    typer.echo(to_text(outcome))
+    typer.echo(f"report: {(out / 'report.html').resolve()}")
+    return 0
 
 
 @app.command()

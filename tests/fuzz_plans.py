@@ -706,8 +706,11 @@ def backend(c: Case, name: Any) -> tuple[Callable[[], Any], Shapes]:
 
 
 def named(c: Case, name: Any) -> tuple[Callable[[], Any], Shapes]:
-    given = [c.tensor(2) for _ in range(c.pick(len(name._fields), 0, 1, 9))]
-    return lambda: name(*given), lambda found: list(found) == given or len(found) == len(given)
+    fields = name._fields if hasattr(name, "_fields") else list(name.__dataclass_fields__)
+    given = [c.tensor(2) for _ in range(c.pick(len(fields), 0, 1, 9))]
+    return lambda: name(*given), lambda found: all(
+        getattr(found, field) is value for field, value in zip(fields, given, strict=False)
+    )
 
 
 feature_pairs = pair(*FEATURES)

@@ -7,7 +7,9 @@ computation whose error a kernel may not exceed. Nothing here imports the librar
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -194,6 +196,56 @@ def unicam_weights(activations: Tensor, base: Tensor, labels: Tensor) -> Tensor:
     r = a - inner(a, c) / (inner(c, c) + 1e-12) * c
     score = inner(r, t) / (inner(r, r) * inner(t, t) + 1e-18).sqrt()
     return torch.autograd.grad(score, leaf)[0].mean((2, 3))
+
+
+def resized(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear with half-pixel centres, along the rows first, in the dtype of the map."""
+    for axis, length in ((1, size[1]), (0, size[0])):
+        last, pieces = plane.shape[axis] - 1, []
+        for i in range(length):
+            at = max(Fraction(2 * i + 1, 2) * (last + 1) / length - Fraction(1, 2), Fraction(0))
+            low = int(at)
+            a, b = plane.take(low, axis), plane.take(min(low + 1, last), axis)
+            pieces.append(a + plane.dtype.type(float(at - low)) * (b - a))
+        plane = np.stack(pieces, axis)
+    return plane
+
+
+def concept_tallies(
+    activations: np.ndarray,
+    thresholds: np.ndarray,
+    masks: np.ndarray,
+    labels: np.ndarray,
+    categories: np.ndarray,
+    kinds: int,
+    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] = resized,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Network dissection's sums, image after image and unit after unit: intersections, areas of
+    the units by category, areas of the labels."""
+    units, count = activations.shape[1], len(categories)
+    intersections = np.zeros((units, count), np.int64)
+    areas, label_areas = np.zeros((units, kinds), np.int64), np.zeros(count, np.int64)
+    for maps, layers, given in zip(activations, masks, labels, strict=True):
+        size = layers.shape[1], layers.shape[2]
+        given = given[given > 0]
+        for label in given:
+            label_areas[label] += size[0] * size[1]
+        if len(layers):
+            seen = np.bincount(layers.ravel(), minlength=count)
+            label_areas[1:] += seen[1:]
+        for unit, plane in enumerate(maps):
+            if not plane.max() > thresholds[unit]:
+                continue
+            above = resize(plane, size) > thresholds[unit]
+            found = np.bincount(layers[:, above].ravel(), minlength=count)
+            found[0] = 0
+            kind_seen = {categories[c] for c in [*found.nonzero()[0], *given]}
+            for label in given:
+                found[label] += above.sum()
+            intersections[unit] += found
+            for kind in kind_seen:
+                areas[unit, kind] += above.sum()
+    return intersections, areas, label_areas
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -153,6 +154,43 @@ def test_nothing_of_distance_spills(
             assert "global_load_dwordx4" in text
         else:
             assert usage.wide_loads >= 2
+
+
+def concept_launches() -> list[tuple[str, torch.dtype, torch.dtype]]:
+    """Kernel, dtype of the maps, dtype of the masks."""
+    single, half, double = torch.float32, torch.bfloat16, torch.float64
+    byte, word = torch.uint8, torch.int32
+    cases = [("tally", single, byte), ("tally", half, torch.int16), ("tally", double, word)]
+    cases += [
+        (kernel, dtype, byte) for kernel in ("lists", "unit_counts") for dtype in (half, double)
+    ]
+    cases += [
+        (kernel, single, mask) for kernel in ("present", "label_areas") for mask in (byte, word)
+    ]
+    return cases
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", concept_launches(), ids=str)
+def test_nothing_of_concepts_spills(
+    options: tuple[str, torch.dtype, torch.dtype], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks import registers
+
+    usage, text = registers.compiled(registers.ConceptCase(*options), target)
+    assert usage.kernel in (options[0], f"concepts_{options[0]}")
+    assert usage.spills == 0
+    assert 0 < usage.registers <= usage.available
+    amd = target.startswith("gfx")
+    if options[0] == "tally":
+        # The products are the matrix units', and no operation of the up-sampling is fused.
+        assert ("v_mfma" if amd else "HMMA" if target == "sm_80" else "MMA") in text
+        assert not re.search(r"\b(v_fma_f|v_fmac_f|v_pk_fma|FFMA|DFMA)", text)
+    if options[0] in ("present", "label_areas"):
+        wide = text.count("global_load_dwordx4") if amd else usage.wide_loads
+        assert wide >= (options[2] != torch.uint8)
 
 
 @pytest.mark.parametrize("classes", [1000, 1001])

@@ -17,7 +17,7 @@ from fastxkd.ops import _library
 
 ROOT = Path(fastxkd.__file__).parents[1]
 PACKAGE = Path(fastxkd.__file__).parent
-OPERATORS = ["kd_loss", "cam", "distance", "principal"]
+OPERATORS = ["kd_loss", "cam", "distance", "principal", "concepts"]
 SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 
 SOURCE = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
@@ -163,7 +163,10 @@ def test_arrows_point_down() -> None:
         "losses/inputs.py": "cam",
         # Metrics that run a model: they leave it as the explainers do.
         "metrics/_scoring.py": "cam",
+        "metrics/dissection.py": "cam",
         "metrics/faithfulness.py": "cam",
+        "metrics/fidelity.py": "cam",
+        "metrics/input_gradients.py": "cam",
         "metrics/relevant.py": "cam",
         "metrics/sanity.py": "cam",
     }

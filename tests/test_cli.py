@@ -356,7 +356,7 @@ def test_version_and_help(capsys):
     assert capsys.readouterr().out.strip() == f"fastxkd {fastxkd.__version__}"
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for verb in ("distill", "compare", "demo", "doctor"):
+    for verb in ("distill", "compare", "explain", "dissect", "reproduce", "demo", "doctor"):
         assert verb in text
     assert "3 done, but" in " ".join(text.split())
 

@@ -188,7 +188,9 @@ def test_levels_are_what_the_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -
 
 def test_backends_rows() -> None:
     rows = fastxkd.backends()
-    assert {row.operator for row in rows} == {"kd_loss", "cam", "distance", "principal"}
+    assert {row.operator for row in rows} == {
+        *("kd_loss", "cam", "distance", "principal", "concepts")
+    }
     assert {row.device for row in rows} >= {"cpu"}
     assert all(isinstance(field, str) and field for row in rows for field in row)
     with fastxkd.use_backend("reference"):

@@ -195,14 +195,19 @@ def _the_same_bits_every_time() -> None:
 
 
 def work(device: str) -> None:
-    """Names of cases on stdin; on stdout what was wrong with each, "" for nothing."""
     global DEVICE
     DEVICE = device
+    if device == "cpu":
+        gpu.TILE = 32  # several of few rows
+    judge(CASES, device)
+
+
+def judge(cases: dict[str, Callable[[], None]], device: str) -> None:
+    """Names of cases on stdin; on stdout what was wrong with each, "" for nothing."""
     if device == "cpu":
         from tests.test_triton import patch_once
 
         patch_once()
-        gpu.TILE = 32  # several of few rows
     # Of numpy, on infinities and NaN in lanes that are masked off.
     warnings.simplefilter("ignore", RuntimeWarning)
     verdicts = {}
@@ -211,7 +216,7 @@ def work(device: str) -> None:
         wrong = ""
         try:
             with fastxkd.use_backend("triton"):
-                CASES[name]()
+                cases[name]()
         except Exception:
             wrong = traceback.format_exc()
         verdicts[name] = wrong
@@ -219,12 +224,13 @@ def work(device: str) -> None:
 
 
 @lru_cache
-def verdicts(device: str, names: tuple[str, ...]) -> dict[str, str]:
+def verdicts(module: str, device: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Of those cases of a test module, whose ``work`` calls :func:`judge` in the other process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     process = subprocess.run(
-        [sys.executable, "-c", f"from tests.test_distance_triton import work; work({device!r})"],
+        [sys.executable, "-c", f"from {module} import work; work({device!r})"],
         input=json.dumps(names),
         capture_output=True,
         text=True,
@@ -250,5 +256,5 @@ def test_kernel(name: str, device: str, request: pytest.FixtureRequest) -> None:
         for item in request.session.items
         if getattr(item, "originalname", "") == "test_kernel" and item.path == request.path
     }
-    wrong = verdicts(device, tuple(sorted(chosen)))[name]
+    wrong = verdicts("tests.test_distance_triton", device, tuple(sorted(chosen)))[name]
     assert not wrong, wrong

@@ -967,6 +967,14 @@ def test_emulated_dynamic_shared_memory(emulator: ModuleType) -> None:
 @pytest.mark.skipif(SANITIZED, reason="runs under the sanitizers already")
 def test_under_the_sanitizers() -> None:
     """What the kernels read and write out of bounds, which the numbers need not show."""
+    chosen = "boundary or strides or scale or rejects or options or (float64 and forward)"
+    # Of DIST, whose launches are four to a case, what reaches every load and store.
+    chosen = f"(not dist and ({chosen})) or (dist and (strides or many or everything))"
+    under_the_sanitizers(__file__, chosen)
+
+
+def under_the_sanitizers(file: str, chosen: str) -> None:
+    """Tests of a file, in a process of their own."""
     compiler = shutil.which("g++")
     if compiler is None or not (ROOT / "setup.py").exists():
         pytest.skip("no source checkout with a C++ compiler")
@@ -983,11 +991,8 @@ def test_under_the_sanitizers() -> None:
     environment["LD_PRELOAD"] = " ".join(libraries)
     environment["ASAN_OPTIONS"] = "detect_leaks=0"
     environment["UBSAN_OPTIONS"] = "halt_on_error=1:print_stacktrace=1"
-    chosen = "boundary or strides or scale or rejects or options or (float64 and forward)"
-    # Of DIST, whose launches are four to a case, what reaches every load and store.
-    chosen = f"(not dist and ({chosen})) or (dist and (strides or many or everything))"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", chosen],
         cwd=ROOT,
         env=environment,
         capture_output=True,

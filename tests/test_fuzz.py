@@ -20,14 +20,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastxkd
-from tests import test_fuzz_runs
+from tests import fuzz_interpretability, test_fuzz_runs
 from tests.fuzz_case import ASKED, Case, memory, profile
 from tests.fuzz_plans import CHEAP, NETS, WITH_MODELS
 
 CHOICES = 72  # bytes of a case
 MANY, SOME = 290, 110  # cases of a name; of one that runs models
-PLANS = CHEAP | WITH_MODELS
-CASES = {name: MANY if name in CHEAP else SOME for name in PLANS}
+MANY_OF = CHEAP | fuzz_interpretability.CHEAP
+PLANS = MANY_OF | WITH_MODELS | fuzz_interpretability.WITH_MODELS
+CASES = {name: MANY if name in MANY_OF else SOME for name in PLANS}
 NOTHING_TO_CALL = {"__version__", "losses", "metrics"}
 
 

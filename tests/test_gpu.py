@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fastxkd
 from fastxkd.losses import explanations, features, inputs, linear, relations, review, similarity
-from fastxkd.ops import _distance_gpu, _library, cam, distance
-from tests import oracles, test_cam_emulator, test_distance, test_emulator
+from fastxkd.ops import _distance_gpu, _library, cam, concepts, distance
+from tests import oracles, test_cam_emulator, test_concepts, test_distance, test_emulator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -824,6 +824,189 @@ def test_backward_of_distance_is_on_the_backend_asked_for(
     monkeypatch.setattr(_distance_gpu, "run_grad_tile", spy)
     distance_sums(on_gpu(*test_distance.related(20, [5, 30], torch.float32)))
     assert set(seen) == {kernel}
+
+
+# --- network dissection: integers, which have no tolerance
+
+CONCEPTS = (
+    ((3, 5, 7, 7), 1, (112, 112)),
+    ((2, 70, 7, 7), 2, (28, 28)),
+    ((1, 1, 1, 1), 1, (1, 1)),
+    ((2, 4, 14, 13), 1, (7, 6)),
+    ((2, 2, 1, 6), 1, (33, 130)),
+    ((2, 3, 9, 9), 0, (20, 20)),
+)
+
+
+def concept_counts(
+    given: tuple[Tensor, ...], device: torch.device, kinds: int = test_concepts.KINDS
+) -> dict[str, Tensor]:
+    activations, thresholds, masks, labels, categories = (x.to(device) for x in given)
+    tally = concepts.concept_tally(
+        activations, thresholds, masks, labels, categories, category_count=kinds
+    )
+    bits = 8 * activations.element_size()
+    counts = torch.zeros(activations.shape[1], 2**11 + 1, dtype=torch.int64, device=device)
+    low = torch.full((activations.shape[1],), -(2 ** (bits - 1)), device=device)
+    concepts.unit_counts(activations, low, bits - 11, 11, counts)
+    areas = concepts.label_areas(masks, labels, len(categories))
+    found = dict(zip(("intersections", "areas"), tally, strict=True))
+    return found | {"label areas": areas, "unit counts": counts}
+
+
+def concepts_that_differ(
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...] = (3, 20, 7, 7),
+    layers: int = 2,
+    size: tuple[int, int] = (40, 31),
+    mask_dtype: torch.dtype = torch.uint8,
+) -> list[str]:
+    """Names of the counts on ``device`` that are not those of a loop over images and units."""
+    given = test_concepts.case(shape, layers, size, dtype, mask_dtype)
+    activations = given[0]
+    activations[:, 0] = activations[:, 0].clamp(min=0)
+    found = concept_counts(given, device)
+    bits = 8 * activations.element_size()
+    low = torch.full((shape[1],), -(2 ** (bits - 1)))
+    counted = test_concepts.counted_in_numpy(activations, low, bits - 11, 11)
+    expected = (*test_concepts.looped(given), counted)
+    return [
+        name
+        for (name, one), other in zip(found.items(), expected, strict=True)
+        if not torch.equal(one.cpu(), other)
+    ]
+
+
+@every_dtype
+def test_concepts_are_counted_as_in_a_loop(kernel: str, dtype: torch.dtype) -> None:
+    for mask_dtype in (torch.uint8, torch.int16, torch.int32):
+        for shape, layers, size in CONCEPTS if kernel == "cuda" else CONCEPTS[1:2]:
+            wrong = concepts_that_differ(dtype, CUDA, shape, layers, size, mask_dtype)
+            assert not wrong, (shape, mask_dtype)
+
+
+def test_concepts_of_other_layouts(kernel: str) -> None:
+    activations, *rest = test_concepts.case((3, 70, 6, 7), 2, (20, 33))
+    expected = test_concepts.looped((activations, *rest))
+    for given in (activations, activations.contiguous(memory_format=torch.channels_last)):
+        found = concept_counts((given, *rest), CUDA)
+        for one, other in zip(found.values(), expected, strict=False):
+            assert torch.equal(one.cpu(), other)
+
+
+def test_concepts_of_values_that_are_no_numbers(kernel: str) -> None:
+    activations, thresholds, *rest = test_concepts.case((3, 6, 7, 7), 1, (30, 30))
+    activations[0, 1, 3, 4] = activations[2, 0, 6, 6] = NAN
+    thresholds[4], thresholds[5] = NAN, float("inf")
+    given = (activations, thresholds, *rest)
+    found, expected = concept_counts(given, CUDA), test_concepts.looped(given)
+    for one, other in zip(found.values(), expected, strict=False):
+        assert torch.equal(one.cpu(), other)
+
+
+def test_concepts_of_labels_that_there_are_not(kernel: str) -> None:
+    """They are not looked for, since that would wait, and not counted."""
+    given = list(test_concepts.case((3, 6, 7, 7), 2, (30, 30), mask_dtype=torch.int32))
+    where, images = torch.rand(given[2].shape) < 0.3, torch.rand(given[3].shape) < 0.3
+    given[2][where], given[3][images] = 0, 0
+    expected = test_concepts.looped(tuple(given))
+    wrong = torch.tensor([-1, test_concepts.LABELS, 2**31 - 1]).int()
+    given[2][where] = wrong[torch.randint(3, (int(where.sum()),))]
+    given[3][images] = 2**40 + 1
+    found = concept_counts(tuple(given), CUDA)
+    for one, other in zip(found.values(), expected, strict=False):
+        assert torch.equal(one.cpu(), other)
+
+
+def test_concepts_never_wait_and_the_numbers_are_the_same(kernel: str) -> None:
+    given = tuple(on_gpu(*test_concepts.case((8, 100, 7, 7), 2, (56, 56))))
+    low = torch.full((100,), -(2**31), device=CUDA)
+    expected = concept_counts(given, CUDA)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tally = concepts.concept_tally(*given, category_count=test_concepts.KINDS)
+        once = concepts.concept_tally(*given, category_count=test_concepts.KINDS, repeats="once")
+        areas = concepts.label_areas(*given[2:4], test_concepts.LABELS)
+        counts = torch.zeros(100, 2**11 + 1, dtype=torch.int64, device=CUDA)
+        concepts.unit_counts(given[0], low, 21, 11, counts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip((*tally, areas, counts), expected.values(), strict=True):
+        assert torch.equal(one, other)
+    assert (once.intersections <= tally.intersections).all()
+
+
+def test_concepts_graph_capture_and_replay(kernel: str) -> None:
+    given = tuple(on_gpu(*test_concepts.case((4, 40, 7, 7), 2, (30, 40))))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            concept_counts(given, CUDA)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = concept_counts(given, CUDA)
+    for seed in range(3):
+        generator = torch.Generator(CUDA).manual_seed(seed)
+        given[0].normal_(generator=generator)
+        given[2].random_(0, test_concepts.LABELS, generator=generator)
+        graph.replay()
+        expected = concept_counts(given, CUDA)
+        for one, other in zip(found.values(), expected.values(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_concepts_on_two_streams(kernel: str) -> None:
+    """Launches of two streams run beside each other and share no scratch."""
+    cases = [((16, 200, 7, 7), 2, (56, 56)), ((15, 200, 7, 7), 2, (56, 56))]
+    given = [tuple(on_gpu(*test_concepts.case(*c))) for c in cases]
+    expected = [concept_counts(g, CUDA) for g in given]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found: list[list[dict[str, Tensor]]] = [[], []]
+    for _ in range(10):
+        for mine, stream, inputs_ in zip(found, streams, given, strict=True):
+            with torch.cuda.stream(stream):
+                mine.append(concept_counts(inputs_, CUDA))
+    torch.cuda.synchronize()
+    for mine, right in zip(found, expected, strict=True):
+        for one in mine:
+            assert all(torch.equal(one[name], right[name]) for name in right)
+
+
+def test_concept_offsets_beyond_31_bits(kernel: str) -> None:
+    shape, size = (1400, 512, 56, 56), (300, 300)
+    count = torch.Size(shape).numel()
+    assert count > 2**31
+    needed = 2 * count + 1400 * 18 * 300 * 300
+    free = torch.cuda.mem_get_info()[0]
+    if free < 1.3 * needed:
+        pytest.skip(f"needs {1.3 * needed / 2**30:.0f} GiB of free memory")
+    a = torch.zeros(shape, dtype=torch.bfloat16, device=CUDA)
+    a[0, :, 20:24, 20:24] = a[-1, :, 20:24, 20:24] = 1
+    masks = torch.zeros(1400, 18, *size, dtype=torch.uint8, device=CUDA)
+    assert masks.numel() > 2**31
+    masks[0, 0] = masks[-1, -1] = 1
+    thresholds = torch.full((512,), 0.5, device=CUDA)
+    categories = torch.zeros(2, dtype=torch.int64, device=CUDA)
+    both = [
+        concepts.concept_tally(x, thresholds, m, None, categories, category_count=1)
+        for x, m in ((a, masks), (a[-1:], masks[-1:]))
+    ]
+    assert both[1].areas.min() > 0
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one, 2 * other)
+    areas = concepts.label_areas(masks, None, 2)
+    assert areas.tolist() == [0, 2 * 300 * 300]
+    low = torch.full((512,), -(2**15), device=CUDA)
+    counts = torch.zeros(512, 2**11 + 1, dtype=torch.int64, device=CUDA)
+    concepts.unit_counts(a, low, 5, 11, counts)
+    assert (counts.sum(1) == 1400 * 56 * 56).all()
+    assert (counts.amin(1) == 0).all()
+    assert (counts[:, :-1].sort(1).values[:, -2] == 32).all()
 
 
 # --- everything else, on the device

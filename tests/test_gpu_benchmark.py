@@ -32,6 +32,8 @@ TINY = gpu.Plan(
     maps=((2, 3, 4, 4),),
     samples=(12, 5),
     layers=(3, 12, 5),
+    units=(3, 5, 4),
+    masks=(2, 9, 7),
     rounds=2,
     seconds=0.002,
     compile=False,
@@ -111,7 +113,9 @@ def test_whole_pipeline(tmp_path: Path) -> None:
     kernel = next(r for r in report.rows if r["variant"] == f"{BACKENDS[0]}, operator")
     assert kernel["peak_bytes"] >= 6 * 50 * 4
     for row in report.rows:
-        if row["note"]:
+        if row["case"].startswith("concepts") and row["note"]:
+            assert row["note"] == "the same integers"
+        elif row["note"]:
             limit = 1e-5 if "float32" in row["case"] else 0.1
             assert float(row["note"].rsplit(" ", 1)[1]) < limit, row
     assert sum("loss off by" in row["note"] for row in report.rows) == 4 * DIVERGENCES * (
@@ -120,7 +124,7 @@ def test_whole_pipeline(tmp_path: Path) -> None:
     assert all("Liger" in x["what"] for x in report.left_out)
     assert len(report.left_out) == 4
     names = {c["what"] for c in report.checks}
-    of_backend = DIVERGENCES + len(test_gpu.CAM_METHODS)
+    of_backend = DIVERGENCES + len(test_gpu.CAM_METHODS) + 1  # and concepts
     assert len(names) == len(BACKENDS) * of_backend * 2 + len(test_gpu.LOSSES)
     assert [c for c in report.checks if not c["passed"]] == []
 
@@ -303,12 +307,15 @@ def test_numbers_tell_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(test_gpu, "loss_of", off)
     monkeypatch.setattr(fastxkd, "cam_from", off_map)
+    areas = test_gpu.concepts.label_areas
+    monkeypatch.setattr(test_gpu.concepts, "label_areas", lambda *given: areas(*given) + 1)
     gpu.numbers(gpu.Stage(plan, tmp_path / "lines", 60, None))
     assert [(c["what"], c["passed"]) for c in told(tmp_path)] == [
         ("reference, forward_kl, float32", True),
         ("reference, tvd, float32", False),
         ("reference, cam gradcam, float32", True),
         ("reference, cam layercam, float32", False),
+        ("reference, concepts, float32", False),
         ("at", True),
     ]
 

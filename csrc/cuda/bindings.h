@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cam.h"
+#include "concepts.h"
 #include "distance.h"
 #include "kd_loss.h"
 
@@ -183,6 +184,95 @@ inline void bound_cam_backward(int device, Address stream, Address activations, 
   cam_backward(a, device, pointer<void>(stream));
 }
 
+// Addresses, sizes and strides as in bindings.cpp.
+inline ConceptArgs concept_sizes(const std::vector<int64_t>& sizes) {
+  if (sizes.size() != 10) throw std::invalid_argument("concepts: expected ten sizes");
+  ConceptArgs a{};
+  a.n = sizes[0];
+  a.units = sizes[1];
+  a.height = sizes[2];
+  a.width = sizes[3];
+  a.layers = sizes[4];
+  a.out_height = sizes[5];
+  a.out_width = sizes[6];
+  a.given = sizes[7];
+  a.label_count = sizes[8];
+  a.category_count = sizes[9];
+  return a;
+}
+
+inline int64_t bound_concepts_workspace(const std::vector<int64_t>& sizes) {
+  return concepts_workspace(concept_sizes(sizes));
+}
+
+inline void bound_concepts(int device, Address stream, Address scratch,
+                           const std::vector<Address>& tensors, const std::vector<int64_t>& sizes,
+                           const std::vector<int64_t>& strides, int dtype, int mask_dtype) {
+  if (tensors.size() != 11 || strides.size() != 3)
+    throw std::invalid_argument("concepts: expected eleven tensors and three strides");
+  ConceptArgs a = concept_sizes(sizes);
+  a.activations = pointer<void>(tensors[0]);
+  a.thresholds = pointer<void>(tensors[1]);
+  a.masks = pointer<void>(tensors[2]);
+  a.labels = pointer<int64_t>(tensors[3]);
+  a.categories = pointer<int64_t>(tensors[4]);
+  a.rows = pointer<int32_t>(tensors[5]);
+  a.down = pointer<void>(tensors[6]);
+  a.columns = pointer<int32_t>(tensors[7]);
+  a.along = pointer<void>(tensors[8]);
+  a.intersections = pointer<int64_t>(tensors[9]);
+  a.areas = pointer<int64_t>(tensors[10]);
+  a.stride_n = strides[0];
+  a.stride_c = strides[1];
+  a.stride_p = strides[2];
+  a.dtype = dtype;
+  a.mask_dtype = mask_dtype;
+  pybind11::gil_scoped_release release;
+  concepts(a, device, pointer<void>(stream), pointer<double>(scratch));
+}
+
+inline void bound_label_areas(int device, Address stream, const std::vector<Address>& tensors,
+                              const std::vector<int64_t>& sizes, int mask_dtype) {
+  if (tensors.size() != 3 || sizes.size() != 6)
+    throw std::invalid_argument("label_areas: expected three tensors and six sizes");
+  LabelAreaArgs a{};
+  a.masks = pointer<void>(tensors[0]);
+  a.labels = pointer<int64_t>(tensors[1]);
+  a.areas = pointer<int64_t>(tensors[2]);
+  a.n = sizes[0];
+  a.layers = sizes[1];
+  a.height = sizes[2];
+  a.width = sizes[3];
+  a.given = sizes[4];
+  a.label_count = sizes[5];
+  a.mask_dtype = mask_dtype;
+  pybind11::gil_scoped_release release;
+  label_areas(a, device, pointer<void>(stream));
+}
+
+inline void bound_unit_counts(int device, Address stream, const std::vector<Address>& tensors,
+                              const std::vector<int64_t>& sizes,
+                              const std::vector<int64_t>& strides, int dtype) {
+  if (tensors.size() != 3 || sizes.size() != 5 || strides.size() != 3)
+    throw std::invalid_argument(
+        "unit_counts: expected three tensors, five sizes and three strides");
+  UnitCountArgs a{};
+  a.activations = pointer<void>(tensors[0]);
+  a.low = pointer<int64_t>(tensors[1]);
+  a.counts = pointer<int64_t>(tensors[2]);
+  a.n = sizes[0];
+  a.units = sizes[1];
+  a.positions = sizes[2];
+  a.shift = sizes[3];
+  a.bits = sizes[4];
+  a.stride_n = strides[0];
+  a.stride_c = strides[1];
+  a.stride_p = strides[2];
+  a.dtype = dtype;
+  pybind11::gil_scoped_release release;
+  unit_counts(a, device, pointer<void>(stream));
+}
+
 inline void bind_operators(pybind11::module_& m) {
   m.def("kd_loss", &bound_kd_loss);
   m.def("kd_loss_workspace", &kd_loss_workspace);
@@ -190,6 +280,10 @@ inline void bind_operators(pybind11::module_& m) {
   m.def("cam", &bound_cam);
   m.def("cam_workspace", &bound_cam_workspace);
   m.def("cam_backward", &bound_cam_backward);
+  m.def("concepts", &bound_concepts);
+  m.def("concepts_workspace", &bound_concepts_workspace);
+  m.def("label_areas", &bound_label_areas);
+  m.def("unit_counts", &bound_unit_counts);
   m.attr("DISTANCE_NARROW") = kDistanceNarrow;
   m.def("distance_tile", &bound_distance_tile);
   m.def("distance_workspace", &distance_workspace);

@@ -2,6 +2,7 @@
 // only: no installed package holds this.
 #include "../cuda/bindings.h"
 #include "../cuda/cam.cu"
+#include "../cuda/concepts.cu"
 #include "../cuda/dist.cu"
 #include "../cuda/distance.cu"
 #include "../cuda/kd_loss.cu"

@@ -269,11 +269,20 @@ inline unsigned __ballot_sync(unsigned mask, int vote, int line = __builtin_LINE
 }
 inline void __threadfence() {}
 inline int __ffs(int v) { return __builtin_ffs(v); }
-inline int atomicAdd(int* at, int value) {
-  const int before = *at;
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
   *at += value;
   return before;
 }
+// The emulator is compiled so that nothing is contracted.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 
 using __nv_bfloat16 = fxk::baseline::BFloat16;
 using __half = fxk::baseline::Float16;

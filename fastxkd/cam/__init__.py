@@ -1,6 +1,13 @@
 """Class activation maps: from a model, from a training step's own forward, from tensors."""
 
 from fastxkd.cam.activation import CAM, EigenCAM
+from fastxkd.cam.attribution import (
+    attribution_maps,
+    gradient_shap,
+    input_x_gradient,
+    integrated_gradients,
+    occlusion,
+)
 from fastxkd.cam.capture import capture
 from fastxkd.cam.gradient import (
     EigenGradCAM,
@@ -39,9 +46,14 @@ __all__ = [
     "UniCAMOutput",
     "UniCAMReference",
     "XGradCAM",
+    "attribution_maps",
     "cam_from",
     "capture",
     "class_prototypes",
+    "gradient_shap",
+    "input_x_gradient",
+    "integrated_gradients",
+    "occlusion",
     "to_maps",
     "tokens_to_maps",
     "unicam_weights",

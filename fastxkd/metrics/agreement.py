@@ -100,11 +100,26 @@ def ssim_agreement(
             f"window: expected an odd number of pixels, at most the {min(first.shape[1:])} of the"
             f" maps' shorter side, got {window}"
         )
+    value = structural_similarity(
+        first.detach(), second.detach(), data_range=data_range, window=window, sigma=sigma
+    )
+    return value.to(dtype)
+
+
+def structural_similarity(
+    first: Tensor,
+    second: Tensor,
+    *,
+    data_range: float = 1.0,
+    window: int = 11,
+    sigma: float = 1.5,
+) -> Tensor:
+    """:func:`ssim_agreement` of checked maps, ``[n]`` float64, with a gradient in both."""
     places = torch.arange(window, dtype=torch.float64, device=first.device) - window // 2
     kernel = (-(places / sigma).square() / 2).exp()
     kernel = kernel / kernel.sum()
     # Variances are differences of squares: in float64 nothing is lost by it.
-    a, b = first.detach().double(), second.detach().double()
+    a, b = first.double(), second.double()
     x = torch.stack([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]
     x = F.conv2d(F.conv2d(x, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
     mean_a, mean_b, aa, bb, ab = x[:, 0].unflatten(0, (5, -1))
@@ -112,7 +127,7 @@ def ssim_agreement(
     numerator = (2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2)
     spread = (aa - mean_a.square()) + (bb - mean_b.square())
     value = numerator / ((mean_a.square() + mean_b.square() + c1) * (spread + c2))
-    return value.mean((1, 2)).to(dtype)
+    return value.mean((1, 2))
 
 
 def check_ssim_options(data_range: float, window: int, sigma: float) -> None:

@@ -35,8 +35,8 @@ _cpu = _extension("_cpu")
 _cuda = _extension("_cuda")
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
-OPERATORS = ("kd_loss", "cam", "distance", "principal")
-ON_GPU = ("kd_loss", "cam", "distance")  # have CUDA and Triton kernels
+OPERATORS = ("kd_loss", "cam", "distance", "principal", "concepts")
+ON_GPU = ("kd_loss", "cam", "distance", "concepts")  # have CUDA and Triton kernels
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 library = torch.library.Library("fastxkd", "DEF")
@@ -354,7 +354,7 @@ def backends() -> list[Backend]:
 
     >>> import fastxkd
     >>> sorted({row.operator for row in fastxkd.backends()})
-    ['cam', 'distance', 'kd_loss', 'principal']
+    ['cam', 'concepts', 'distance', 'kd_loss', 'principal']
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []

@@ -23,6 +23,7 @@ from fastxkd.runs.answers import (
 )
 from fastxkd.runs.data import ImageData
 from fastxkd.runs.explanations import cosines, explain, explained_order
+from fastxkd.runs.fidelity import Fidelity
 from fastxkd.runs.layers import choose_layers
 
 # Above this many numbers per image a feature map is averaged over blocks before it is compared.
@@ -81,6 +82,7 @@ class Comparison:
     samples: int
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    fidelity: Fidelity | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but pictures, ready for ``json.dump``; NaN becomes None."""
@@ -97,6 +99,15 @@ class Comparison:
             "history": self.history,
             "run": self.run,
         }
+        if self.fidelity is not None:
+            content["fidelity"] = {
+                "method": self.fidelity.method,
+                "fusion": self.fidelity.fusion,
+                "matched": self.fidelity.matched,
+                "images": self.fidelity.images,
+                "rows": [asdict(row) for row in self.fidelity.rows],
+                "differences": [asdict(each) for each in self.fidelity.differences],
+            }
         return _plain(content)
 
 

@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     errors: list[tuple[str, str]]
 
 
-def _random_bits(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+def random_bits(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """64 well-mixed bits for every (seed, epoch, index): SplitMix64 over the three."""
     with np.errstate(over="ignore"):
         state = np.full(len(indices), seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
@@ -109,7 +109,7 @@ def augment(images: Tensor, indices: Tensor, *, seed: int, epoch: int) -> Tensor
         uint8 [m, C, H, W], a new tensor.
     """
     count, _, height, width = images.shape
-    bits = _random_bits(seed, epoch, indices.numpy())
+    bits = random_bits(seed, epoch, indices.numpy())
     reach_y, reach_x = max(1, round(0.07 * height)), max(1, round(0.07 * width))
     shift_y = (bits & np.uint64(0xFFFF)) % np.uint64(2 * reach_y + 1)
     shift_x = ((bits >> np.uint64(16)) & np.uint64(0xFFFF)) % np.uint64(2 * reach_x + 1)
@@ -257,7 +257,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
     def __len__(self) -> int:
         return self.steps_per_epoch
 
-    def iterate(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, first: int, last: int) -> Iterator[tuple[Tensor, ...]]:
         """Normalised images and labels of the steps ``first .. last - 1``, on the device."""
         for batch in self._source(first, last):
             self.data.skipped.update(batch.errors)

@@ -17,7 +17,8 @@ from fastxkd._extras import require
 from fastxkd.runs.answers import accuracy
 from fastxkd.runs.comparison import FEATURE_LIMIT, Comparison, check_sizes, compare_models
 from fastxkd.runs.data import ImageData, TrainBatches, load_data
-from fastxkd.runs.layers import choose_layers
+from fastxkd.runs.fidelity import measure_fidelity
+from fastxkd.runs.layers import choose_layers, default_layers
 from fastxkd.runs.models import load_model
 from fastxkd.runs.progress import BarProgress, LineProgress
 from fastxkd.runs.store import (
@@ -28,22 +29,40 @@ from fastxkd.runs.store import (
     save_weights,
     write_results,
 )
+from fastxkd.runs.xdistill import (
+    ExplainedOptions,
+    check_method,
+    check_options,
+    explained_student,
+    explained_trainer,
+    recipe,
+)
 from fastxkd.train.distiller import Distiller, TrainSettings, fingerprint
+from fastxkd.train.fusion import ExplainedStudent
+from fastxkd.train.xdistillation import XDistiller
 
 
 @dataclass
 class DistillPlan:
-    """What ``fastxkd distill`` was asked for; see its options."""
+    """What ``fastxkd distill`` was asked for; see its options.
+
+    A teacher called ``self`` is of the student's architecture. ``method`` is one of
+    :data:`fastxkd.runs.xdistill.METHODS`; all but ``kd`` take ``shown``.
+    """
 
     teacher: str
     student: str
     data: str
     out: Path
     settings: TrainSettings = field(default_factory=TrainSettings)
+    method: str = "kd"
+    shown: ExplainedOptions | None = None
+    generations: int = 1
     teacher_weights: Path | None = None
     student_weights: Path | None = None
     teacher_epochs: int | None = None
     teacher_lr: float | None = None
+    teacher_label_smoothing: float | None = None
     layers: Sequence[str] | None = None
     teacher_layers: Sequence[str] | None = None
     image_size: int | None = None
@@ -62,10 +81,22 @@ class DistillPlan:
     title: str = ""
 
     def teacher_settings(self) -> TrainSettings:
-        own: dict[str, Any] = {"epochs": self.teacher_epochs, "lr": self.teacher_lr}
+        own: dict[str, Any] = {
+            "epochs": self.teacher_epochs,
+            "lr": self.teacher_lr,
+            "label_smoothing": self.teacher_label_smoothing,
+        }
         return dataclasses.replace(
             self.settings, **{name: value for name, value in own.items() if value is not None}
         )
+
+    @property
+    def teacher_spec(self) -> str:
+        return self.student if self.teacher == "self" else self.teacher
+
+    @property
+    def options(self) -> ExplainedOptions:
+        return self.shown or ExplainedOptions()
 
 
 @dataclass
@@ -124,6 +155,16 @@ def check_before_work(plan: DistillPlan | ComparePlan) -> None:
         plan.teacher_settings()
         if plan.workers < 0:
             raise ValueError(f"workers: expected 0 or more, got {plan.workers}")
+        check_method(plan.method)
+        if plan.generations < 1:
+            raise ValueError(f"generations: expected at least 1, got {plan.generations}")
+        if plan.method == "kd":
+            if plan.shown is not None:
+                raise ValueError("shown: expected None with method='kd'")
+            return
+        check_options(plan.method, plan.options)
+        if plan.generations > 1:
+            raise ValueError(f"generations: expected 1 with method={plan.method!r}")
 
 
 def run_distill(plan: DistillPlan, progress: LineProgress | BarProgress) -> Comparison:
@@ -151,31 +192,29 @@ def run_distill(plan: DistillPlan, progress: LineProgress | BarProgress) -> Comp
     example = _example(data)
     for role, model in models.items():
         _check_outputs(role, model, example, data)
-    choose_layers(
-        models, example, student=plan.layers, base=plan.layers, teacher=plan.teacher_layers
-    )
+    named = _named_layers(plan, models)
+    layers = choose_layers(models, example, **named)
+    everyone = dict(models)
+    if plan.method != "kd" and plan.options.reference_kd:
+        everyone["kd"] = copy.deepcopy(models["base"])
     claim_folder(plan.out, _plan_settings(plan, data), resume=plan.resume)
-
-    history: dict[str, list[dict[str, Any]]] = {}
-    elapsed: dict[str, float] = {}
-    for role in ("teacher", "base", "student"):
-        if role == "teacher" and plan.teacher_weights is not None:
-            models[role].to(device).eval()
-            continue
-        distiller = _stage(plan, role, models, data, specs, device, progress)
-        history[role] = distiller.fit(resume=plan.resume)
-        elapsed[f"train {role}"] = sum(record["seconds"] for record in history[role])
-    save_weights(models, plan.out)
+    history = _train(plan, everyone, data, specs, layers, device, progress)
+    elapsed = {f"train {role}": _seconds(history[role]) for role in history}
+    student = models["student"]
+    built = {}
+    if isinstance(student, ExplainedStudent):
+        built["student"] = recipe(student, plan.student, data)
+    save_weights(everyone, plan.out, built)
 
     started = time.monotonic()
     comparison = compare_models(
         models,
         data,
         specs=specs,
-        title=plan.title or f"{plan.teacher} teaches {plan.student} on {plan.data}",
-        layers=plan.layers,
-        base_layers=plan.layers,
-        teacher_layers=plan.teacher_layers,
+        title=plan.title or f"{plan.teacher_spec} teaches {plan.student} on {plan.data}",
+        layers=named["student"],
+        base_layers=named["base"],
+        teacher_layers=named["teacher"],
         device=device,
         max_samples=plan.max_samples,
         gallery=plan.gallery,
@@ -184,6 +223,22 @@ def run_distill(plan: DistillPlan, progress: LineProgress | BarProgress) -> Comp
         history=history,
         progress=progress.measure,
     )
+    if isinstance(student, ExplainedStudent):
+        comparison.fidelity = measure_fidelity(
+            everyone,
+            data,
+            layers={role: names[-1] for role, names in layers.items()},
+            method=plan.method,
+            explainers=plan.options.explainers,
+            join=plan.options.join,
+            sign=plan.options.sign,
+            matched=plan.options.match_weight > 0,
+            device=device,
+            images=plan.explained,
+            gallery=plan.gallery,
+            seed=plan.settings.seed,
+            progress=progress.measure,
+        )
     elapsed["compare"] = time.monotonic() - started
     elapsed["this run"] = time.monotonic() - began
     comparison.run = run_facts(data, device, plan.settings.seed, elapsed, comparison.run)
@@ -266,11 +321,41 @@ def _models(plan: DistillPlan, data: ImageData) -> tuple[dict[str, nn.Module], d
     shape = {"num_classes": len(data.classes), "in_channels": data.channels}
     # Each model's first weights depend on the seed alone, not on what was built before it.
     torch.manual_seed(plan.settings.seed)
-    teacher = load_model(plan.teacher, weights=plan.teacher_weights, **shape)
+    teacher = load_model(plan.teacher_spec, weights=plan.teacher_weights, **shape)
     torch.manual_seed(plan.settings.seed)
     student = load_model(plan.student, weights=plan.student_weights, **shape)
     models = {"teacher": teacher, "base": copy.deepcopy(student), "student": student}
-    return models, {"teacher": plan.teacher, "base": plan.student, "student": plan.student}
+    specs = {"teacher": plan.teacher_spec, "base": plan.student, "student": plan.student}
+    if plan.method != "kd":
+        models["student"] = explained_student(
+            student,
+            plan.method,
+            plan.options,
+            channels=data.channels,
+            layer=plan.layers[-1] if plan.layers else default_layers(student, _example(data))[-1],
+            seed=plan.settings.seed,
+        )
+        specs["student"] = f"{plan.student}, {plan.method}"
+    return models, specs
+
+
+def _named_layers(
+    plan: DistillPlan, models: dict[str, nn.Module]
+) -> dict[str, Sequence[str] | None]:
+    """The layers that were named, role to names; an explained student has them one level down."""
+    named: dict[str, Sequence[str] | None] = {
+        "student": plan.layers,
+        "base": plan.layers,
+        "teacher": plan.teacher_layers,
+    }
+    if plan.layers is None or plan.method == "kd":
+        return named
+    named["student"] = [f"student.{name}" for name in plan.layers]
+    alike = type(models["teacher"]) is type(models["base"])
+    known = dict(models["teacher"].named_modules())
+    if plan.teacher_layers is None and alike and all(name in known for name in plan.layers):
+        named["teacher"] = plan.layers
+    return named
 
 
 def _example(data: ImageData) -> torch.Tensor:
@@ -293,48 +378,99 @@ def _check_outputs(role: str, model: nn.Module, example: torch.Tensor, data: Ima
         )
 
 
-def _stage(
+def _train(
     plan: DistillPlan,
-    role: str,
     models: dict[str, nn.Module],
     data: ImageData,
     specs: dict[str, str],
+    layers: dict[str, list[str]],
+    device: torch.device,
+    progress: LineProgress | BarProgress,
+) -> dict[str, list[dict[str, Any]]]:
+    """Train all models, the student last; returns role to records of its epochs."""
+    history: dict[str, list[dict[str, Any]]] = {}
+
+    def train(role: str, model: nn.Module, guide: nn.Module | None = None) -> None:
+        spec = specs.get(role, plan.student)
+        distiller = _stage(plan, role, model, guide, data, spec, layers, device, progress)
+        records = distiller.fit(resume=plan.resume)
+        if isinstance(distiller, XDistiller) and distiller.phi_history:
+            history["phi"] = distiller.phi_history
+        history[role] = records
+
+    guide = models["teacher"]
+    if plan.teacher_weights is None:
+        train("teacher", guide)
+    guide.to(device).eval()
+    train("base", models["base"])
+    if "kd" in models:
+        train("kd", models["kd"], guide)
+    for generation in range(1, plan.generations):
+        born = copy.deepcopy(models["student"])
+        train(f"generation-{generation}", born, guide)
+        guide = born
+    train("student", models["student"], guide)
+    return history
+
+
+def _seconds(epochs: list[dict[str, Any]]) -> float:
+    return sum(epoch["seconds"] for epoch in epochs)
+
+
+def _stage(
+    plan: DistillPlan,
+    role: str,
+    model: nn.Module,
+    guide: nn.Module | None,
+    data: ImageData,
+    spec: str,
+    layers: dict[str, list[str]],
     device: torch.device,
     progress: LineProgress | BarProgress,
 ) -> Distiller:
     settings = plan.teacher_settings() if role == "teacher" else plan.settings
-    batches = TrainBatches(
-        data,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        augmented=plan.augment,
-        workers=plan.workers,
-        device=device,
-    )
+    batch_options: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "augmented": plan.augment,
+        "workers": plan.workers,
+        "device": device,
+    }
     assert data.test is not None
-    return Distiller(
-        models[role],
-        batches,
-        settings,
-        teacher=models["teacher"] if role == "student" else None,
-        evaluate=lambda model: accuracy(model, data, data.test, 256, device),
-        device=device,
-        checkpoint=checkpoint_file(plan.out, role),
-        checkpoint_seconds=plan.checkpoint_seconds,
-        identity={
+    common: dict[str, Any] = {
+        "teacher": guide,
+        "evaluate": lambda model: accuracy(model, data, data.test, 256, device),
+        "device": device,
+        "checkpoint": checkpoint_file(plan.out, role),
+        "checkpoint_seconds": plan.checkpoint_seconds,
+        "identity": {
             **data.settings(),
             "augment": plan.augment,
-            "model": specs[role],
-            "initial_weights": fingerprint(models[role].state_dict()),
+            "model": spec,
+            "initial_weights": fingerprint(model.state_dict()),
         },
-        stage=role,
-        progress=progress,
-    )
+        "stage": role,
+        "progress": progress,
+    }
+    if isinstance(model, ExplainedStudent):
+        return explained_trainer(
+            model,
+            data,
+            settings,
+            plan.method,
+            plan.options,
+            layers=layers,
+            folder=plan.options.explanations or plan.out / "explanations",
+            batch_options=batch_options,
+            measure=progress.measure,
+            **common,
+        )
+    return Distiller(model, TrainBatches(data, **batch_options), settings, **common)
 
 
 def _plan_settings(plan: DistillPlan, data: ImageData) -> dict[str, Any]:
     """Everything that decides the trained weights, under the names of the options."""
-    return {
+    settings = {
         "teacher": plan.teacher,
         "teacher_weights": None if plan.teacher_weights is None else str(plan.teacher_weights),
         "student": plan.student,
@@ -346,3 +482,13 @@ def _plan_settings(plan: DistillPlan, data: ImageData) -> dict[str, Any]:
         "teacher_epochs": plan.teacher_epochs,
         "teacher_lr": plan.teacher_lr,
     }
+    # What came later is named only where it is used, so that earlier runs can be resumed.
+    if plan.settings.label_smoothing == 0:
+        del settings["label_smoothing"]
+    if plan.teacher_label_smoothing is not None:
+        settings["teacher_label_smoothing"] = plan.teacher_label_smoothing
+    if plan.generations > 1:
+        settings["generations"] = plan.generations
+    if plan.method != "kd":
+        settings |= {"method": plan.method, **plan.options.settings(plan.method)}
+    return settings

@@ -137,7 +137,7 @@ def explain(
         require(module, extra="runs")
     ranks = meet()
     place = asked.pick_device(device, ranks)
-    with _terminable(), _steady(), ExitStack() as hooks:
+    with terminable(), steady(), ExitStack() as hooks:
         source = open_source(
             data,
             image_size=image_size,
@@ -325,7 +325,7 @@ def _finish(
 
 
 @contextmanager
-def _steady() -> Iterator[None]:
+def steady() -> Iterator[None]:
     """Kernels that give the same bits every time, whatever block the caller is in."""
     cudnn = torch.backends.cudnn
     with (
@@ -340,7 +340,7 @@ def _steady() -> Iterator[None]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM ends a run as Ctrl-C does: hooks come off, processes that load images end."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

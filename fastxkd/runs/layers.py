@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastxkd.cam.capture import eagerly
+from fastxkd.cam.capture import eagerly, evaluating
 from fastxkd.cam.layouts import to_maps
+from fastxkd.train.fusion import ExplainedStudent
 
 _STAGES = re.compile(r"(?:.*\.)?(?:layer|stage|block)_?\d+|(?:.*\.)?stages\.\d+")
 _CONTAINERS = re.compile(r"(?:.*\.)?_?(?:blocks|features|stages|layers)\.\d+")
@@ -131,7 +132,8 @@ def default_layers(model: nn.Module, example: Tensor) -> list[str]:
     in a container (``blocks``, ``features``, ``layers``) the last at every resolution; of any other
     model the last module at every resolution. Of a model that ends in attention over tokens: the
     layers whose (normalised) tokens an attention reads, because what comes after the last one
-    reaches the answer through the class token alone, where there is one.
+    reaches the answer through the class token alone, where there is one. Of an
+    :class:`ExplainedStudent` those of the student inside it.
 
     Args:
         model: any classifier with spatial activations.
@@ -140,6 +142,10 @@ def default_layers(model: nn.Module, example: Tensor) -> list[str]:
     Raises:
         ValueError: nothing in the model puts out [N, C, H, W] with more than one position.
     """
+    if isinstance(model, ExplainedStudent):
+        with torch.no_grad(), evaluating(model):
+            seen = model.seen(example)
+        return [f"student.{name}" for name in default_layers(model.student, seen)]
     outputs, tokens = _watched(model, example)
     if tokens and tokens[-1].place > max((output.place for output in outputs), default=0):
         count = min(len(tokens), MOST_LAYERS)

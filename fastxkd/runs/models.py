@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -34,8 +35,8 @@ __all__ = [
 ]
 
 SPECS = (
-    f"one of {', '.join(BUILTIN_MODELS)}, timm:NAME, torchvision:NAME, package.module:factory or "
-    "path/to/file.py:factory"
+    f"one of {', '.join(BUILTIN_MODELS)}, timm:NAME, torchvision:NAME, package.module:factory, "
+    "path/to/file.py:factory or xdistill:path/to/student.safetensors"
 )
 _CLASS_KEYWORDS = ("num_classes", "n_classes", "classes")
 _CHANNEL_KEYWORDS = ("in_channels", "in_chans", "num_channels", "input_channels")
@@ -52,6 +53,7 @@ def load_model(
         spec: ``cnn-large`` | ``cnn-medium`` | ``cnn-small``, ``timm:NAME``, ``torchvision:NAME``,
             ``package.module:factory`` or ``path/to/file.py:factory``. A factory is called with
             ``num_classes`` and ``in_channels`` (or ``in_chans``) if its signature names them.
+            ``xdistill:FILE`` is an explained student of ``fastxkd distill``, weights included.
         num_classes: outputs of the model.
         in_channels: channels of the images. torchvision models are made for three; for another
             number their first convolution is replaced by a fresh one.
@@ -67,6 +69,8 @@ def load_model(
         model = _timm(name, num_classes, in_channels)
     elif kind == "torchvision" and name:
         model = _torchvision(name, num_classes, in_channels)
+    elif kind == "xdistill" and name:
+        model = _explained(Path(name).expanduser(), num_classes, in_channels)
     elif kind and name:
         model = _call(find_factory(spec), num_classes, in_channels, spec)
     else:
@@ -85,6 +89,24 @@ def _timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
         hint = f"; for example {', '.join(close)}" if close else ""
         raise ValueError(f"model: timm has no {name!r}{hint}")
     return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+
+
+def _explained(path: Path, num_classes: int, in_channels: int) -> nn.Module:
+    from fastxkd.runs.xdistill import from_recipe
+
+    if not path.is_file():
+        raise ValueError(f"model: {path} does not exist")
+    safetensors = require("safetensors", extra="cli")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            recipe = json.loads((file.metadata() or {}).get("fastxkd", "null"))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"model: {path} is not a readable safetensors file ({error})") from error
+    if not isinstance(recipe, Mapping):
+        raise ValueError(f"model: {path} does not say how its student is built")
+    model = from_recipe(recipe, num_classes=num_classes, in_channels=in_channels)
+    load_weights(model, path)
+    return model
 
 
 def _torchvision(name: str, num_classes: int, in_channels: int) -> nn.Module:

@@ -134,6 +134,7 @@ def render_report(comparison: Comparison) -> str:
         ],
         legend=markup(legend()),
         has_base=verdict.has_base(comparison),
+        fidelity=_fidelity(comparison),
         opacity=render.OPACITY,
         run=_run(comparison.run),
         marks={"teacher": "■", "base": "●", "student": "◆"},
@@ -141,6 +142,14 @@ def render_report(comparison: Comparison) -> str:
         script_hash="sha256-" + base64.b64encode(digest).decode("ascii"),
     )
     return page
+
+
+def _fidelity(comparison: Comparison) -> dict[str, Any] | None:
+    if comparison.fidelity is None:
+        return None
+    from fastxkd.runs.fidelity_report import section
+
+    return section(comparison.fidelity)
 
 
 def _metrics(comparison: Comparison) -> list[dict[str, Any]]:

@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 ROLES = ("teacher", "base", "student")
+# Further models that some runs have, and the teacher's maps.
+_MORE = ("kd.safetensors", "explanations")
 _MADE_BY_A_RUN = (
     RUN_FILE,
     "metrics.json",
     "report.html",
     "checkpoints",
     *(f"{role}.safetensors" for role in ROLES),
+    *_MORE,
 )
 
 
@@ -54,8 +57,10 @@ def claim_folder(out: Path, settings: Mapping[str, Any], *, resume: bool) -> Non
     refuse_strangers(out, _MADE_BY_A_RUN if mark.is_file() else ())
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for role in ROLES:
-            checkpoint_file(out, role).unlink(missing_ok=True)
+        for checkpoint in (out / "checkpoints").glob("*.pt"):
+            checkpoint.unlink(missing_ok=True)
+        for file in ("maps.jsonl", "maps.npy"):
+            (out / "explanations" / file).unlink(missing_ok=True)
     _write_text(mark, json.dumps({"fastxkd": fastxkd.__version__, "settings": settings}, indent=2))
 
 
@@ -76,7 +81,12 @@ def refuse_strangers(out: Path, ours: Sequence[str] = ()) -> None:
         )
 
 
-def save_weights(models: Mapping[str, nn.Module], out: Path) -> None:
+def save_weights(
+    models: Mapping[str, nn.Module],
+    out: Path,
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """``ROLE.safetensors`` of each; a recipe says in the file how the model is built again."""
     save = require("safetensors.torch", extra="cli").save
     for role, model in models.items():
         # Clones: safetensors refuses tensors that share memory, as tied weights do.
@@ -85,7 +95,9 @@ def save_weights(models: Mapping[str, nn.Module], out: Path) -> None:
             for name, value in model.state_dict().items()
         }
         unfinished = out / f".{role}.safetensors.tmp"
-        unfinished.write_bytes(save(state))
+        built = (recipes or {}).get(role)
+        metadata = None if built is None else {"fastxkd": json.dumps(built)}
+        unfinished.write_bytes(save(state, metadata=metadata))
         unfinished.replace(out / f"{role}.safetensors")
 
 

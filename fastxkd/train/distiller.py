@@ -36,7 +36,8 @@ class TrainSettings:
 
     SGD with Nesterov momentum; the learning rate climbs linearly for ``warmup`` of the steps and
     falls as a half cosine to zero. ``temperature``, ``ce_weight`` and ``kd_weight`` are those of
-    :class:`fastxkd.KDLoss` and matter with a teacher only.
+    :class:`fastxkd.KDLoss` and matter with a teacher only. ``label_smoothing`` a, with a teacher or
+    without, makes of the labels' part ``(1 - a) * CE(y, p) + a * CE(uniform, p)``.
     """
 
     epochs: int = 10
@@ -48,6 +49,7 @@ class TrainSettings:
     temperature: float = 4.0
     ce_weight: float = 0.1
     kd_weight: float = 0.9
+    label_smoothing: float = 0.0
     seed: int = 0
     amp: bool = False
 
@@ -63,15 +65,22 @@ class TrainSettings:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a share in [0, 1), got {self.warmup}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(
+                f"label_smoothing: expected a share in [0, 1], got {self.label_smoothing}"
+            )
 
 
 class Batches(Protocol):
-    """A source of training batches numbered from the first step of training."""
+    """A source of training batches numbered from the first step of training.
+
+    Images, labels, and whatever else a trainer asks for, see there.
+    """
 
     def __len__(self) -> int:
         """Steps per epoch."""
 
-    def iterate(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, first: int, last: int) -> Iterator[tuple[Tensor, ...]]:
         """Images and labels of the steps ``first .. last - 1``; the same for the same number."""
 
 
@@ -181,6 +190,8 @@ class Distiller:
         self.history: list[dict[str, Any]] = []
         self.steps = settings.epochs * len(batches)
         self.identity = {**dataclasses.asdict(settings), **(identity or {})}
+        if settings.label_smoothing == 0:
+            del self.identity["label_smoothing"]
         if teacher is None:
             # A setting without effect must not keep a run from being resumed.
             for name in ("temperature", "ce_weight", "kd_weight"):
@@ -190,17 +201,25 @@ class Distiller:
         self._step = 0
         self._partial = {"loss": 0.0, "images": 0, "seconds": 0.0}
         self._unseen: list[tuple[int, Tensor, int]] = []
-        self._criterion = KDLoss(
-            temperature=settings.temperature,
-            ce_weight=settings.ce_weight,
-            kd_weight=settings.kd_weight,
+        self._criterion = self._make_criterion().to(self.device)
+        self._optimizer = self._make_optimizer()
+
+    def _make_criterion(self) -> nn.Module:
+        """The loss; what it learns is trained and saved with the student."""
+        return KDLoss(
+            temperature=self.settings.temperature,
+            ce_weight=self.settings.ce_weight,
+            kd_weight=self.settings.kd_weight,
+            label_smoothing=self.settings.label_smoothing,
         )
-        self._optimizer = torch.optim.SGD(
-            self.student.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.momentum > 0,
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            [*self.student.parameters(), *self._criterion.parameters()],
+            lr=self.settings.lr,
+            momentum=self.settings.momentum,
+            weight_decay=self.settings.weight_decay,
+            nesterov=self.settings.momentum > 0,
         )
 
     @property
@@ -233,8 +252,8 @@ class Distiller:
     def _train(self, requests: list[int]) -> None:
         self.student.train()
         saved = clock = time.monotonic()
-        for images, labels in self.batches.iterate(self._step, self.steps):
-            self._advance(images, labels)
+        for batch in self.batches.iterate(self._step, self.steps):
+            self._advance(*batch)
             now = time.monotonic()
             self._partial["seconds"] += now - clock
             clock = now
@@ -254,14 +273,14 @@ class Distiller:
                 self._save()
                 raise
 
-    def _advance(self, images: Tensor, labels: Tensor) -> None:
+    def _advance(self, images: Tensor, labels: Tensor, *more: Tensor) -> None:
         epoch = self._step // len(self.batches)
         # Batch norm has nothing to normalise in less than two images (the rest was unreadable).
         if len(labels) > 1:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(self.settings, self._step, self.steps)
             images = images.contiguous(memory_format=torch.channels_last)
-            loss = self._loss(images, labels)
+            loss = self._loss(images, labels, *more)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self._optimizer.step()
@@ -272,15 +291,23 @@ class Distiller:
         seen = self._partial["images"]
         self.progress.step(epoch, self._partial["loss"] / seen if seen else None)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
         with self._autocast():
             logits = _logits(self.student(images), self.stage)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    guidance = _logits(self.teacher(images), "teacher")
+        return self._guided(logits, images, labels)
+
+    def _guided(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss on the student's logits of these images."""
         if self.teacher is None:
-            return F.cross_entropy(logits.float(), labels)
-        return self._criterion(logits.float(), guidance.float(), labels)
+            smoothing = self.settings.label_smoothing
+            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        loss: Tensor = self._criterion(logits.float(), self._guidance(images).float(), labels)
+        return loss
+
+    def _guidance(self, images: Tensor) -> Tensor:
+        assert self.teacher is not None
+        with self._autocast(), torch.no_grad():
+            return _logits(self.teacher(images), "teacher")
 
     def _autocast(self) -> Any:
         if not self.settings.amp:
@@ -347,6 +374,7 @@ class Distiller:
             "step": self._step,
             "finished": self.finished,
             "model": self.student.state_dict(),
+            "criterion": self._criterion.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
@@ -359,6 +387,7 @@ class Distiller:
         content = read_checkpoint(path)
         check_settings(content["settings"], self.identity, f"the {self.stage} in {path}")
         self.student.load_state_dict(content["model"])
+        self._criterion.load_state_dict(content.get("criterion", {}))
         self._optimizer.load_state_dict(content["optimizer"])
         torch.set_rng_state(content["random"])
         if content["random_cuda"] is not None and self.device.type == "cuda":

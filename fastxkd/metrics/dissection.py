@@ -1,0 +1,312 @@
+"""Network dissection: which concepts the units of a layer stand for, in constant memory.
+
+data -> activations of a layer -> thresholds (unit_thresholds.py) -> tally (ops/concepts.py)
+     -> IoU, one label per unit, detectors (concept_scores.py)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastxkd.cam.capture import bare, capture, evaluating, resolve_layers
+from fastxkd.cam.layouts import check_transform, to_spatial
+from fastxkd.metrics._spool import Spool
+from fastxkd.metrics.concept_scores import Concepts, Dissection
+from fastxkd.metrics.unit_thresholds import (
+    Quantile,
+    check_activations,
+    quantile_position,
+    unit_thresholds,
+)
+from fastxkd.ops._checks import check_choice, check_number
+from fastxkd.ops.concepts import REPEATS, concept_tally, label_areas
+
+Repeats = Literal["each", "once"]
+
+
+class DissectionTally:
+    """Counts pixels of units and concepts, batch by batch, over a whole data set.
+
+    Args:
+        thresholds: ``[U]``, see :func:`fastxkd.metrics.unit_thresholds`.
+        concepts: what the labels mean.
+        iou_threshold: a unit is a detector from this IoU on.
+        repeats: as in :class:`NetworkDissection`.
+
+    >>> import torch
+    >>> tally = DissectionTally(torch.tensor([0.5]), Concepts(("", "left"), ("part",), (0, 0)))
+    >>> on_the_left = torch.tensor([[1.0, 0.0], [1.0, 0.0]])[None, None]
+    >>> tally.update(on_the_left, torch.tensor([[1, 0], [1, 0]], dtype=torch.int32)[None, None])
+    >>> round(tally.compute().units[0].iou, 6)
+    1.0
+    """
+
+    def __init__(
+        self,
+        thresholds: Tensor,
+        concepts: Concepts,
+        *,
+        iou_threshold: float = 0.05,
+        repeats: Repeats = "each",
+    ) -> None:
+        check_threshold(iou_threshold)
+        check_choice("repeats", repeats, REPEATS)
+        if not isinstance(thresholds, Tensor) or thresholds.dim() != 1:
+            got = list(thresholds.shape) if isinstance(thresholds, Tensor) else type(thresholds)
+            raise ValueError(f"thresholds: expected one for each unit [U], got {got}")
+        self.thresholds, self.concepts = thresholds, concepts
+        self._iou_threshold, self._repeats = iou_threshold, repeats
+        self._categories = torch.tensor(concepts.category, device=thresholds.device)
+        units, labels, kinds = len(thresholds), len(concepts), len(concepts.categories)
+        zeros: dict[str, Any] = {"dtype": torch.int64, "device": thresholds.device}
+        self._intersections = torch.zeros(units, labels, **zeros)
+        self._areas = torch.zeros(units, kinds, **zeros)
+        self._label_areas = torch.zeros(labels, **zeros)
+        self._images, self._size = 0, (0, 0)
+
+    def update(self, activations: Tensor, masks: Tensor, labels: Tensor | None = None) -> None:
+        """Count a batch.
+
+        Args:
+            activations: ``[n, U, h, w]``.
+            masks: ``[n, M, H, W]``: numbers of labels in M layers (0 or more), 0: none. H and W
+                are what maps are up-sampled to, the same in all batches.
+            labels: ``[n, S]``: labels of whole images, filled up with 0.
+
+        Raises:
+            ValueError: other units, sizes or labels than there are.
+        """
+        check_activations(activations)
+        if not isinstance(masks, Tensor) or masks.dim() != 4 or len(masks) != len(activations):
+            got = list(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
+            raise ValueError(f"masks: expected [{len(activations)}, layers, H, W], got {got}")
+        size = (masks.shape[2], masks.shape[3])
+        if self._images and size != self._size:
+            raise ValueError(f"masks: expected {self._size} as in the batches before, got {size}")
+        device = self.thresholds.device
+        masks = masks.to(device)
+        labels = None if labels is None else labels.to(device)
+        found = concept_tally(
+            activations.to(device),
+            self.thresholds,
+            masks,
+            labels,
+            self._categories,
+            category_count=len(self.concepts.categories),
+            repeats=self._repeats,
+        )
+        self._intersections += found.intersections
+        self._areas += found.areas
+        self._label_areas += label_areas(masks, labels, len(self.concepts), repeats=self._repeats)
+        self._images, self._size = self._images + len(masks), size
+
+    def compute(self) -> Dissection:
+        """The result so far, on the CPU.
+
+        Raises:
+            ValueError: no image was seen.
+        """
+        if not self._images:
+            raise ValueError("DissectionTally: compute() before any update()")
+        return Dissection(
+            self.concepts,
+            self.thresholds.cpu(),
+            self._intersections.cpu().clone(),
+            self._areas.cpu().clone(),
+            self._label_areas.cpu().clone(),
+            self._images,
+            self._iou_threshold,
+        )
+
+
+def network_dissection(
+    activations: Tensor,
+    masks: Tensor,
+    labels: Tensor | None = None,
+    *,
+    concepts: Concepts,
+    q: float = 0.005,
+    quantile: Quantile = "exact",
+    iou_threshold: float = 0.05,
+    repeats: Repeats = "each",
+) -> Dissection:
+    """Network dissection of activations that are there already.
+
+    Args:
+        activations: ``[n, U, h, w]`` of a layer, of all images.
+        masks, labels: as in :meth:`DissectionTally.update`.
+        concepts, q, quantile, iou_threshold, repeats: as in :class:`NetworkDissection`.
+
+    >>> import torch
+    >>> maps, masks = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 8, 8, dtype=torch.int32)
+    >>> maps[0, 0, :2], masks[0, 0, :4] = 1.0, 1
+    >>> found = network_dissection(maps, masks, concepts=Concepts(("", "up"), ("part",), (0, 0)),
+    ...     q=0.3)
+    >>> found.units[0].name, round(found.units[0].iou, 2)
+    ('up', 0.8)
+    """
+    thresholds = unit_thresholds(activations, q, quantile=quantile)
+    tally = DissectionTally(thresholds, concepts, iou_threshold=iou_threshold, repeats=repeats)
+    tally.update(activations, masks, labels)
+    return tally.compute()
+
+
+class NetworkDissection:
+    r"""Which concepts the units of a layer stand for (Bau et al. 2017; Han et al. 2023).
+
+    A unit is on where its activation, up-sampled to the size of the masks, is above the value that
+    a share ``q`` of its own activations exceeds. Its IoU with a concept is one quotient of sums
+    over the data set,
+
+    .. math:: IoU_{u,c} = I_{u,c} / (A_{u,k(c)} + L_c - I_{u,c} + 10^{-10})
+
+    with :math:`I` the pixels that both have, :math:`L_c` those of the concept, and
+    :math:`A_{u,k}` those of the unit in images with a label of the concept's category under it.
+    Its label is the concept with the highest IoU; from ``iou_threshold`` on it is a detector.
+
+    Args:
+        model: run in eval mode without a graph, and left as it was.
+        layer: a name or module of it with one map per unit; tokens become maps as in
+            :class:`fastxkd.GradCAM`.
+        concepts: what the labels of the data mean.
+        q: share of a unit's activations above its threshold.
+        quantile: ``"exact"``, or ``"published"``: the point the authors' code reads, see
+            :func:`fastxkd.metrics.unit_thresholds`.
+        iou_threshold: 0.05 as Han et al.; Bau et al. have 0.04.
+        repeats: a label that a pixel has in two layers of masks counts ``"each"`` time, as in the
+            published code, or ``"once"``, as "pixels with the label" reads; an interpretation.
+        spool: None: the model runs over the data three or four times, the last one for the tally;
+            a folder: once, and the activations wait on the disk, in a file that goes with the
+            process. Memory does not grow with the number of images either way.
+        reshape_transform: as in :class:`fastxkd.GradCAM`.
+        device: where images go; None: where the model's weights are.
+
+    >>> import torch, fastxkd
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+    >>> concepts = Concepts(("", "sky"), ("scene",), (0, 0))
+    >>> masks = torch.randint(0, 2, (5, 1, 16, 16), dtype=torch.int32)
+    >>> found = NetworkDissection(model, "1", concepts)([(torch.rand(5, 3, 16, 16), masks)])
+    >>> len(found.units), found.iou().shape
+    (8, torch.Size([8, 2]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module | str,
+        concepts: Concepts,
+        *,
+        q: float = 0.005,
+        quantile: Quantile = "exact",
+        iou_threshold: float = 0.05,
+        repeats: Repeats = "each",
+        spool: str | os.PathLike[str] | None = None,
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        found = resolve_layers(model, layer, "layer")
+        if len(found) != 1:
+            raise ValueError(f"layer: expected one, got {', '.join(found)}")
+        ((self.layer, self._module),) = found.items()
+        if not isinstance(concepts, Concepts):
+            raise TypeError(f"concepts: expected Concepts, got {type(concepts).__name__}")
+        quantile_position(q, quantile)
+        check_threshold(iou_threshold)
+        check_choice("repeats", repeats, REPEATS)
+        check_transform(reshape_transform)
+        self.model, self.concepts = model, concepts
+        self.q, self.quantile = q, quantile
+        self.iou_threshold, self.repeats = iou_threshold, repeats
+        self.spool, self._transform = spool, reshape_transform
+        weights = next(model.parameters(), None)
+        self.device = torch.device(
+            device if device is not None else "cpu" if weights is None else weights.device
+        )
+
+    def activations(self, images: Tensor) -> Tensor:
+        """``[n, U, h, w]`` of the layer for a batch of images.
+
+        Raises:
+            ValueError: the layer is not reached, or gives no maps.
+        """
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images: expected [n, channels, H, W], got {got}")
+        images = images.to(self.device)
+        with (
+            torch.no_grad(),
+            evaluating(self.model),
+            capture(self.model, [self._module]) as captured,
+        ):
+            self.model(images)
+            (found,) = captured.activations.values()
+        found = to_spatial(
+            found,
+            transform=self._transform,
+            image=tuple(images.shape[2:]),
+            model=bare(self.model),
+            layer=self._module,
+            n=len(images),
+        )
+        found = found[:, :, None, None] if found.dim() == 2 else found
+        if found.dim() != 4 or len(found) != len(images):
+            raise ValueError(
+                f"layer: expected activations [{len(images)}, units, h, w] of {self.layer!r},"
+                f" got {list(found.shape)}"
+            )
+        return found
+
+    def __call__(self, batches: Iterable[Any]) -> Dissection:
+        """Dissect the layer on a data set.
+
+        Args:
+            batches: ``(images, masks)`` or ``(images, masks, labels)``, as in
+                :meth:`DissectionTally.update`; something that can be iterated several times and
+                is the same every time, such as a list or a DataLoader that does not shuffle.
+
+        Raises:
+            ValueError: a one-way iterator, batches that change, or that do not fit together.
+        """
+        if iter(batches) is batches:
+            raise ValueError(
+                "batches: expected a list, a DataLoader or the like, which can be iterated several"
+                f" times, got a {type(batches).__name__}"
+            )
+        with ExitStack() as stack:
+            spool = None
+            if self.spool is not None:
+                spool = stack.enter_context(Spool(self.spool))
+                for images, *_ in batches:
+                    spool.add(self.activations(images))
+
+            def answers() -> Iterator[Tensor]:
+                if spool is None:
+                    return (self.activations(images) for images, *_ in batches)
+                return (batch.to(self.device) for batch in spool)
+
+            thresholds = unit_thresholds(answers, self.q, quantile=self.quantile)
+            tally = DissectionTally(
+                thresholds,
+                self.concepts,
+                iou_threshold=self.iou_threshold,
+                repeats=self.repeats,
+            )
+            stored = None if spool is None else answers()
+            for images, masks, *labels in batches:
+                found = self.activations(images) if stored is None else next(stored, None)
+                if found is None or len(found) != len(masks):
+                    raise ValueError("batches: expected the same every time they are iterated")
+                tally.update(found, masks, *labels)
+        return tally.compute()
+
+
+def check_threshold(iou_threshold: float) -> None:
+    check_number("iou_threshold", iou_threshold)
+    if not 0 < iou_threshold <= 1:
+        raise ValueError(f"iou_threshold: expected a number in (0, 1], got {iou_threshold}")

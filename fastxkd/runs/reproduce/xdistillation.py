@@ -1,0 +1,254 @@
+"""XDistillation's claims (Alharbi, Vu and Thai 2021): whether explanations are inherited.
+
+The teacher, the student without a teacher and the student of plain distillation are those of the
+capacity experiment (fashion.py). Three more students are shown the teacher's Grad-CAM maps by way
+of an autoencoder: the whole method and two ablations; plain distillation is the third.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastxkd import GradCAM
+from fastxkd.metrics.agreement import cosine_agreement
+from fastxkd.metrics.fidelity import explanation_fidelity, joined
+from fastxkd.runs.answers import accuracy, balanced
+from fastxkd.runs.data import ImageData, TrainBatches
+from fastxkd.runs.explained_batches import ExplainedBatches, explanation_cache
+from fastxkd.runs.reproduce import fashion
+from fastxkd.runs.reproduce.claims import Claim
+from fastxkd.runs.reproduce.fashion import FashionModels, noticed
+from fastxkd.runs.reproduce.tasks import Context, Measurement, Training
+from fastxkd.runs.reproduce.training import STAGES
+from fastxkd.runs.reproduce.xdistillation_claims import NAME, claims_of
+from fastxkd.train.autoencoder import ExplanationAutoencoder
+from fastxkd.train.distiller import Distiller, TrainSettings, fingerprint
+from fastxkd.train.explanation_cache import ExplanationCache
+from fastxkd.train.fusion import ExplainedStudent
+from fastxkd.train.teacher_maps import TeacherExplanations
+from fastxkd.train.xdistillation import XDistiller
+
+TEACHER, SCRATCH, KD = "large", "small", "direct"
+# How each student differs from the whole method.
+STUDENTS: dict[str, dict[str, Any]] = {
+    "xdistilled": {},
+    "phi frozen": {"freeze_phi": True},
+    "no first stage": {"phi_epochs": 0},
+}
+_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured; the paper says none of it, so all is an interpretation.
+
+    Attributes:
+        models: of teacher and students.
+        phi_epochs: of the autoencoder's first stage.
+        fusion: how the student is told, see :class:`fastxkd.train.fusion.ExplainedStudent`.
+        explainers: of the teacher's maps that the autoencoder learns.
+        samples: test images that explanations are compared on, balanced over the classes.
+        steps: of the deletion and insertion curves.
+    """
+
+    models: fashion.Size = fashion.FULL
+    phi_epochs: int = 3
+    fusion: str = "concat"
+    explainers: Sequence[str] = ("gradcam",)
+    samples: int = 1000
+    steps: int = 14
+
+
+FULL = Size()
+QUICK = Size(models=fashion.QUICK, phi_epochs=3, samples=300, steps=7)
+
+
+class XDistillationStudy:
+    """Trains and measures what the claims need, for any number of seeds."""
+
+    name = NAME
+
+    def __init__(self, data: ImageData, size: Size = FULL) -> None:
+        self.size, self.models = size, FashionModels(data, size.models)
+        self.data = self.models.data
+        self.notice = noticed(self.data)
+
+    def tasks(self, seed: int) -> list[Training | Measurement]:
+        shared = self.models.trainings([SCRATCH, KD], seed)
+        own = [self._training(name, seed) for name in STUDENTS]
+        keys = [self.models.key(name, seed) for name in (TEACHER, SCRATCH, KD)]
+        measurement = Measurement(
+            key=f"{NAME}/{seed}/fidelity",
+            kind=f"{NAME}/fidelity",
+            facts={
+                **self.data.settings(),
+                "samples": self.size.samples,
+                "steps": self.size.steps,
+            },
+            needs=[*keys, *(training.key for training in own)],
+            measure=self._measure,
+            guess=0.1 * self.size.samples,
+        )
+        return [*shared, *own, measurement]
+
+    def _training(self, name: str, seed: int) -> Training:
+        size = self.size
+        settings = size.models.settings(seed, guided=True)
+        options = {"phi_epochs": size.phi_epochs, **STUDENTS[name]}
+        facts = {
+            **self.models.facts(SCRATCH, settings),
+            "fusion": size.fusion,
+            "explainers": list(size.explainers),
+            **options,
+        }
+        return Training(
+            key=f"{NAME}/{seed}/{name.replace(' ', '-')}",
+            kind=f"{NAME}/{name}",
+            facts=facts,
+            needs=[self.models.key(TEACHER, seed)],
+            build=partial(self._build, seed),
+            prepare=partial(
+                self._prepare, settings=settings, options=options, stage=name, facts=facts
+            ),
+        )
+
+    def _build(self, seed: int) -> ExplainedStudent:
+        student = self.models.build(SCRATCH, seed)()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            phi = ExplanationAutoencoder(self.data.channels, maps=len(self.size.explainers))
+            return ExplainedStudent(student, phi, fusion=self.size.fusion)
+
+    def _explanations(self, teacher: nn.Module) -> TeacherExplanations:
+        return TeacherExplanations(
+            teacher, list(self.size.explainers), target_layers=STAGES[-1], batch_size=256
+        )
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        teachers: Sequence[nn.Module],
+        context: Context,
+        *,
+        settings: TrainSettings,
+        options: Mapping[str, Any],
+        stage: str,
+        facts: Mapping[str, Any],
+    ) -> Distiller:
+        assert isinstance(model, ExplainedStudent)
+        (teacher,) = teachers
+        common: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "seed": settings.seed,
+            "device": context.device,
+        }
+        batches: TrainBatches
+        if context.rehearsal:
+            batches = _Blank(self.data, maps=len(self.size.explainers), **common)
+        else:
+            batches = ExplainedBatches(self.data, self._maps(teacher, context), **common)
+        return XDistiller(
+            model,
+            batches,
+            settings,
+            teacher=teacher,
+            device=context.device,
+            checkpoint=context.checkpoint,
+            identity=facts,
+            stage=stage,
+            progress=context.watch,
+            **options,
+        )
+
+    def _maps(self, teacher: nn.Module, context: Context) -> ExplanationCache:
+        return explanation_cache(
+            _folder(teacher, context),
+            self._explanations(teacher),
+            self.data,
+            device=context.device,
+            progress=context.watch.tick,
+        )
+
+    def _measure(self, models: Sequence[nn.Module], context: Context) -> dict[str, float]:
+        data, device = self.data, context.device
+        teacher, scratch, plain, *told = models
+        students = {"scratch": scratch, "kd": plain, **dict(zip(STUDENTS, told, strict=True))}
+        chosen = balanced(data.test.labels, np.arange(len(data.test)), self.size.samples)
+        found = {"teacher/accuracy": accuracy(teacher, data, data.test, 256, device)}
+        for number, (name, student) in enumerate(students.items(), 1):
+            found[f"{name}/accuracy"] = accuracy(student, data, data.test, 256, device)
+            parts, drawn = [], []
+            for batch in data.batches(data.test, _BATCH, chosen):
+                images = data.normalize(batch.images, device)
+                parts.append(
+                    explanation_fidelity(
+                        student,
+                        teacher,
+                        images,
+                        _gradcam(student),
+                        _gradcam(teacher),
+                        curves=name in ("kd", "xdistilled"),
+                        steps=self.size.steps,
+                    )
+                )
+                if isinstance(student, ExplainedStudent):
+                    wanted = self._explanations(teacher)(images)
+                    drawn.append(_drawn(student, images, wanted))
+            found |= {f"{name}/{what}": value for what, value in joined(parts).means().items()}
+            if drawn:
+                found[f"{name}/drawn"] = float(torch.cat(drawn).mean())
+            context.watch.tick(number, len(students))
+        # All that learn from the maps of this teacher are trained.
+        shutil.rmtree(_folder(teacher, context), ignore_errors=True)
+        return found
+
+    def claims(self, seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> list[Claim]:
+        """The verdicts on the abstract's two claims, and on the ablations."""
+        return claims_of([seed["fidelity"] for seed in seeds])
+
+
+def _folder(teacher: nn.Module, context: Context) -> Path:
+    return context.ledger.cached(f"maps-{fingerprint(teacher.state_dict())}")
+
+
+class _Blank(TrainBatches):
+    """Batches with maps of nothing, to time a step before there is a teacher to explain."""
+
+    def __init__(self, data: ImageData, *, maps: int, **options: Any) -> None:
+        super().__init__(data, **options)
+        self._count = maps
+
+    def iterate(self, first: int, last: int) -> Any:
+        for images, *rest in super().iterate(first, last):
+            shape = (len(images), self._count, *images.shape[2:])
+            yield images, *rest, torch.zeros(shape, device=images.device)
+
+
+def _gradcam(model: nn.Module) -> Callable[..., Tensor]:
+    layer = STAGES[-1]
+    if isinstance(model, ExplainedStudent):
+        layer = f"student.{layer}"
+
+    def explain(images: Tensor, targets: Tensor) -> Tensor:
+        with GradCAM(model, target_layers=[layer]) as cam:
+            maps: Tensor = cam(images, targets)
+        return maps
+
+    return explain
+
+
+def _drawn(student: ExplainedStudent, images: Tensor, wanted: Tensor) -> Tensor:
+    with torch.no_grad():
+        maps = student.explain(images)
+    return torch.stack(
+        [cosine_agreement(a, b) for a, b in zip(maps.unbind(1), wanted.unbind(1), strict=True)]
+    ).mean(0)
