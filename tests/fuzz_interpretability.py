@@ -210,11 +210,6 @@ def label_map(c: Case, *shape: int) -> Any:
     return c.odd(c.keep(values.to(dtype)))
 
 
-def image_labels(c: Case, n: int) -> Tensor:
-    found = label_map(c, n, 2)
-    return found if isinstance(found, Tensor) else c.keep(torch.ones(n, 1, dtype=torch.int32))
-
-
 DISSECTED = {
     "q": (0.1, 0.005, 0.999, 0.0, 1.0, -1.0, math.nan, None, "q"),
     "quantile": ("exact", "published", "other", None),
@@ -231,20 +226,20 @@ def dissected(found: Any) -> bool:
 def dissection(c: Case, name: Any) -> tuple[Callable[[], Any], Shapes]:
     c.dtype = c.pick(*DTYPES)
     options = rarely(c, **DISSECTED)
-    meaning = CONCEPTS if name is fastxkd.network_dissection else c.odd(CONCEPTS)
+    meaning = c.odd(CONCEPTS)
     if name is fastxkd.network_dissection:
         given, masks = c.tensor(3, 4, 3, 3), label_map(c, 3, 2, 8, 8)
-        labels = image_labels(c, 3) if c.one_in(2) else None
+        labels = label_map(c, 3, 2) if c.one_in(2) else None
         return lambda: name(given, masks, labels, concepts=meaning, **options), dissected
     model, at = usually_net(c), one_layer(c)
     given, masks = images(c), label_map(c, 4, 1, 8, 8)
-    labels = (image_labels(c, 4),) if c.one_in(2) else ()
+    labels = (label_map(c, 4, 2),) if c.one_in(2) else ()
     batches = [(given, masks, *labels)] * c.pick(1, 2, 0)
     if c.one_in(8):
         batches = c.pick([given], [()], [None], iter(batches), None, 3)
     options |= rarely(
         c,
-        reshape_transform=(None, lambda x: x, lambda x: x[0], 3),
+        reshape_transform=(None, lambda x: x, lambda x: x[0], lambda x: None, 3),
         device=(None, "cpu", "nowhere", -5),
     )
     return lambda: name(model, at, meaning, **options)(batches), dissected

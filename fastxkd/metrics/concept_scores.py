@@ -46,10 +46,11 @@ class Concepts:
                 f"category: expected one for each of {len(self.names)} labels,"
                 f" got {len(self.category)}"
             )
-        wrong = [c for c in self.category if not 0 <= c < len(self.categories)]
+        known = range(len(self.categories))
+        wrong = [c for c in self.category if type(c) is not int or c not in known]
         if wrong:
             raise ValueError(
-                f"category: expected indices of {len(self.categories)} categories, got {wrong[0]}"
+                f"category: expected indices of {len(known)} categories, got {wrong[0]!r}"
             )
 
     def __len__(self) -> int:

@@ -57,6 +57,7 @@ class DissectionTally:
     ) -> None:
         check_threshold(iou_threshold)
         check_choice("repeats", repeats, REPEATS)
+        _check_concepts(concepts)
         if not isinstance(thresholds, Tensor) or thresholds.dim() != 1:
             got = list(thresholds.shape) if isinstance(thresholds, Tensor) else type(thresholds)
             raise ValueError(f"thresholds: expected one for each unit [U], got {got}")
@@ -86,6 +87,8 @@ class DissectionTally:
         if not isinstance(masks, Tensor) or masks.dim() != 4 or len(masks) != len(activations):
             got = list(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
             raise ValueError(f"masks: expected [{len(activations)}, layers, H, W], got {got}")
+        if labels is not None and not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected a Tensor or None, got {type(labels).__name__}")
         size = (masks.shape[2], masks.shape[3])
         if self._images and size != self._size:
             raise ValueError(f"masks: expected {self._size} as in the batches before, got {size}")
@@ -214,8 +217,7 @@ class NetworkDissection:
         if len(found) != 1:
             raise ValueError(f"layer: expected one, got {', '.join(found)}")
         ((self.layer, self._module),) = found.items()
-        if not isinstance(concepts, Concepts):
-            raise TypeError(f"concepts: expected Concepts, got {type(concepts).__name__}")
+        _check_concepts(concepts)
         quantile_position(q, quantile)
         check_threshold(iou_threshold)
         check_choice("repeats", repeats, REPEATS)
@@ -254,6 +256,10 @@ class NetworkDissection:
             layer=self._module,
             n=len(images),
         )
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"reshape_transform: expected a function to a Tensor, got {type(found).__name__}"
+            )
         found = found[:, :, None, None] if found.dim() == 2 else found
         if found.dim() != 4 or len(found) != len(images):
             raise ValueError(
@@ -310,3 +316,8 @@ def check_threshold(iou_threshold: float) -> None:
     check_number("iou_threshold", iou_threshold)
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold: expected a number in (0, 1], got {iou_threshold}")
+
+
+def _check_concepts(concepts: object) -> None:
+    if not isinstance(concepts, Concepts):
+        raise TypeError(f"concepts: expected Concepts, got {type(concepts).__name__}")

@@ -100,8 +100,18 @@ def explanation_fidelity(
     """
     check_images(images)
     check_flags(curves=curves)
+    if not isinstance(fractions, (tuple, list)):
+        raise TypeError(
+            f"fractions: expected a sequence of numbers, got {type(fractions).__name__}"
+        )
     for fraction in fractions:
         check_fraction(fraction)
+    for name, explain in (("student", explain_student), ("teacher", explain_teacher)):
+        if not callable(explain):
+            raise TypeError(
+                f"explain_{name}: expected a function of images and targets=, got"
+                f" {type(explain).__name__}"
+            )
     answers = {}
     for name, model in (("student", student), ("teacher", teacher)):
         answers[name] = _answers(model, images, name)

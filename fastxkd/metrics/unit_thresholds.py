@@ -55,6 +55,11 @@ def unit_thresholds(
     >>> unit_thresholds(torch.arange(101.0).reshape(1, 1, 101), 0.25)
     tensor([75.], dtype=torch.float64)
     """
+    if not isinstance(activations, Tensor) and not callable(activations):
+        raise TypeError(
+            "activations: expected a Tensor or a function that starts an iteration, got"
+            f" {type(activations).__name__}"
+        )
 
     def batches() -> Iterator[Tensor]:
         for batch in (activations,) if isinstance(activations, Tensor) else activations():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastxkd.cam.capture import resolve_layers
-from fastxkd.ops._checks import check_choice, check_counts, check_flags
+from fastxkd.ops._checks import check_choice, check_counts, check_flags, check_float
 
 __all__ = ["FUSIONS", "ExplainedStudent"]
 
@@ -115,6 +115,7 @@ class ExplainedStudent(nn.Module):
 
     def explained(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and phi's maps ``[n, k, h, w]`` of the images; None without phi."""
+        check_float("images", images)
         if self.phi is None:
             return self.student(images), None
         coarsest = None
@@ -122,6 +123,7 @@ class ExplainedStudent(nn.Module):
             maps, coarsest = self.phi.explained(images)  # type: ignore[operator]
         else:
             maps = self.phi(images)
+        check_float("phi", maps)
         if maps.dim() != 4 or maps.shape[2:] != images.shape[2:] or len(maps) != len(images):
             raise ValueError(
                 f"phi: expected maps [{len(images)}, k, {', '.join(map(str, images.shape[2:]))}]"
@@ -147,6 +149,7 @@ class ExplainedStudent(nn.Module):
 
     def seen(self, images: Tensor) -> Tensor:
         """What the student itself is given for these images."""
+        check_float("images", images)
         return images if self.phi is None else self._seen(images, self.phi(images))
 
     def _seen(self, images: Tensor, maps: Tensor) -> Tensor:
