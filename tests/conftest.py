@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Blocking waits: a spinning OpenMP region costs tens of milliseconds when the cores are taken.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A shell starts jobs in the background with Ctrl-C ignored; commands under test would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Iterator
 from typing import Any
