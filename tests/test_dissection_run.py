@@ -246,7 +246,7 @@ def test_other_settings_are_refused_and_starting_over_is_not(tmp_path):
     before = results(tmp_path / "run")
     with pytest.raises(ValueError, match=r"q was 0.1, now 0.2"):
         dissect(net(), concepts, tmp_path / "run", layers="1", q=0.2)
-    with pytest.raises(ValueError, match=r"models was"):
+    with pytest.raises(ValueError, match=r"models\.model\.weights was"):
         dissect(net(1), concepts, tmp_path / "run", **options)
     assert results(tmp_path / "run") == before
     dissect(net(1), concepts, tmp_path / "run", resume=False, **options)
