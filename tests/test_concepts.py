@@ -33,6 +33,7 @@ SHAPES = [
     ((4, 9, 5, 1), 2, (64, 64)),
     ((2, 3, 9, 9), 0, (20, 20)),  # image-level labels alone
     ((2, 3, 5, 4), 1, (5, 4)),  # as large as the map
+    ((2, 3, 3, 70), 2, (9, 200)),  # positions and pixels of several words
 ]
 
 
@@ -489,6 +490,28 @@ def test_unit_counts(backend: str, dtype: torch.dtype, layout: str) -> None:
         counts = torch.ones(11, 2**bits + 1, dtype=torch.int64)
         unit_counts(x, low, shift, bits, counts)
         assert torch.equal(counts - 1, counted_in_numpy(x, low, shift, bits)), (shift, bits)
+
+
+@pytest.mark.parametrize("positions", [1, 15, 31, 33, 63, 255, 257, 300, 513])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_positions_of_any_number(backend: str, dtype: torch.dtype, positions: int) -> None:
+    """Long rows are read where they lie, short ones and ends with others; zeros are apart."""
+    x = torch.randn(5, 3, 1, positions).clamp(min=0).to(dtype)
+    x[1, 0, 0, -1], x[2, 1, 0, -1], x[:, 2, 0, 0] = torch.nan, -0.0, 0
+    width = 8 * x.element_size()
+    for start in (-(2 ** (width - 1)), -1, 0, 1, 2 ** (width - 2)):
+        low = torch.full((3,), start)
+        counts = torch.zeros(3, 2**6 + 1, dtype=torch.int64)
+        unit_counts(x, low, width - 7, 6, counts)
+        assert torch.equal(counts, counted_in_numpy(x, low, width - 7, 6)), start
+        high = low.clamp(max=2 ** (width - 1) - 2 ** (width - 2)) + 2 ** (width - 2) - 1
+        keys, found = torch.empty(3, x[:, 0].numel(), dtype=torch.int64), low * 0
+        unit_values(x, low, high, keys, found)
+        for unit in range(3):
+            values = x[:, unit].flatten()
+            expected = number_keys(values[~values.isnan()])
+            expected = expected[(expected >= int(low[unit])) & (expected <= int(high[unit]))]
+            assert sorted(keys[unit, : int(found[unit])].tolist()) == sorted(expected.tolist())
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-// Labelled pixels, sixteen neighbours of a row at a time: the labels that are among them, and the
-// bits of those that have each.
+// Labelled pixels, a word of bits at a time, which are neighbours of a row: the labels that are
+// among them, and the bits of those that have each.
 #pragma once
-#include "above.h"
+#include "simd.h"
 
 namespace fxk {
 namespace FXK_ISA {
 namespace {
+
+constexpr int64_t kWord = 64;  // pixels of a row in a word of bits
 
 // Bit k: labels[k] is `label`. SSE2 is enough: these are bytes, most of the time.
 #if defined(__SSE2__)
@@ -30,8 +32,20 @@ FXK_INLINE uint32_t equal16(const L* labels, L label) {
 template <class L>
 FXK_INLINE uint32_t equal16(const L* labels, L label) {
   uint32_t bits = 0;
-  for (int k = 0; k < kGroup; ++k) bits |= (uint32_t)(labels[k] == label) << k;
+  for (int k = 0; k < 16; ++k) bits |= (uint32_t)(labels[k] == label) << k;
   return bits;
+}
+#endif
+
+template <class L>
+FXK_INLINE uint64_t equal64(const L* labels, L label) {
+  uint64_t bits = 0;
+  for (int k = 0; k < kWord; k += 16) bits |= (uint64_t)equal16(labels + k, label) << k;
+  return bits;
+}
+#if defined(__AVX512BW__)
+FXK_INLINE uint64_t equal64(const uint8_t* labels, uint8_t label) {
+  return _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(labels), _mm512_set1_epi8((char)label));
 }
 #endif
 
@@ -72,40 +86,38 @@ FXK_INLINE int64_t common_bits(const uint64_t* a, const uint64_t* b, int64_t cou
 #endif
 }
 
-// Calls visit(row, group, label, bits) for every label but 0 in every group of a layer
-// [height, width]; false as soon as one is not below `count`.
+// Calls visit(row, word, label, bits) for every label but 0 in every word of a layer
+// [height, width]; false, and no call, where one is not below `count`.
 template <class L, class Visit>
 FXK_INLINE bool each_label(const L* layer, int64_t height, int64_t width, int64_t count,
                            const Visit& visit) {
-  for (int64_t y = 0; y < height; ++y) {
-    const L* row = layer + y * width;
-    L least = 0, most = 0;
+  const L* end = layer + height * width;
+  L least = 0, most = 0;
 #pragma omp simd reduction(min : least) reduction(max : most)
-    for (int64_t x = 0; x < width; ++x) {
-      least = row[x] < least ? row[x] : least;
-      most = row[x] > most ? row[x] : most;
-    }
-    if (least < 0 || most >= count) return false;
-    for (int64_t x = 0; x < width; x += kGroup) {
-      L last[kGroup] = {};
-      const L* at = row + x;
-      if (x + kGroup > width) {
-        memcpy(last, at, sizeof(L) * (size_t)(width - x));
+  for (int64_t i = 0; i < height * width; ++i) {
+    least = layer[i] < least ? layer[i] : least;
+    most = layer[i] > most ? layer[i] : most;
+  }
+  if (least < 0 || most >= count) return false;
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; x += kWord) {
+      const L* at = layer + y * width + x;
+      L last[kWord];
+      if (end - at < kWord) {  // nothing to read behind the layer
+        memset(last, 0, sizeof last);
+        memcpy(last, at, sizeof(L) * (size_t)(end - at));
         at = last;
       }
-      if (equal16(at, at[0]) == 0xffffu) {  // inside a region, as most are
-        if (at[0] != 0) visit(y, x / kGroup, (int64_t)at[0], 0xffffu);
-        continue;
-      }
-      uint32_t rest = ~equal16(at, (L)0) & 0xffffu;
+      // Behind the row there may be others.
+      const uint64_t row = ~(uint64_t)0 >> (width - x < kWord ? kWord - (width - x) : 0);
+      uint64_t rest = row & ~equal64(at, (L)0);
       while (rest) {
-        const L label = at[__builtin_ctz(rest)];
-        const uint32_t bits = equal16(at, label);
-        visit(y, x / kGroup, (int64_t)label, bits);
+        const L label = at[__builtin_ctzll(rest)];
+        const uint64_t bits = equal64(at, label) & row;
+        visit(y, x / kWord, (int64_t)label, bits);
         rest &= ~bits;
       }
     }
-  }
   return true;
 }
 

@@ -7,9 +7,10 @@ namespace fxk {
 namespace FXK_ISA {
 namespace {
 
-constexpr int64_t kUnits = 64;  // that are read together, at most
-constexpr int kPart = 16;       // that are passed over together
-constexpr int64_t kLine = 256;  // values of a unit that are looked at together
+constexpr int64_t kUnits = 64;   // that are read together, at most
+constexpr int kPart = 16;        // that are passed over together
+constexpr int64_t kLine = 256;   // values of a unit that are looked at together, at most
+constexpr int64_t kEnough = 32;  // neighbours that need not wait for others
 
 template <class S>
 struct Key;
@@ -59,86 +60,94 @@ FXK_INLINE typename Key<S>::distance key_of(typename Key<S>::type bits) {
   return (typename Key<S>::distance)(K)(bits ^ turned);
 }
 
-// The keys from `low` to `low + reach` that are a number's; NaN has those beyond both infinities.
+// The keys from `low` to `low + reach` that are a number's, in steps of `1 << shift`; NaN has those
+// beyond both infinities.
 template <class S>
 struct Window {
   using K = typename Key<S>::type;
   using D = typename Key<S>::distance;
   D first, extent, skipped;  // skipped: from `low` to the first
+  int shift;
   bool none;
 
-  static inline __attribute__((always_inline)) Window over(int64_t low, D reach) {
+  static inline __attribute__((always_inline)) Window over(int64_t low, D reach, int64_t shift) {
     constexpr K kFirst = (K)(-Key<S>::infinity - 1), kLast = Key<S>::infinity;
     const K start = (K)low;
     const D room = (D)kLast - (D)start, span = reach < room ? reach : room;
     const D skipped = start < kFirst ? (D)kFirst - (D)start : 0;
     const bool none = start > kLast || span < skipped;
-    return {(D)start + skipped, none ? 0 : span - skipped, skipped, none};
+    return {(D)start + skipped, none ? 0 : span - skipped, skipped, (int)shift, none};
   }
 };
 
-// Bit k: values[k] is in the window; how far its key is from the first, and whether any is NaN.
+// The steps of those of `count` values, kPart at most, that are in the window and not zero: their
+// number is returned. Zeros are as many as all others where a ReLU has been.
 template <class S>
-FXK_INLINE uint32_t within(const S* values, const Window<S>& window,
-                           typename Key<S>::distance* beyond, bool* undefined) {
+FXK_INLINE int sift(const S* values, int count, const Window<S>& window,
+                    typename Key<S>::distance* steps, int64_t* zeros, int64_t* undefined) {
   using K = typename Key<S>::type;
   using D = typename Key<S>::distance;
-  const D first = window.first, extent = window.extent;
-  int any = 0, bad = 0;
-#pragma omp simd reduction(| : any, bad)
-  for (int k = 0; k < kPart; ++k) {
+  const D first = window.first, extent = window.extent, zero = (D)0 - first;
+  D beyond[kPart];
+  int inside = 0, nothing = 0, bad = 0;
+#pragma omp simd reduction(+ : inside, nothing, bad)
+  for (int k = 0; k < count; ++k) {
     const K bits = bits_of(values + k);
     beyond[k] = key_of<S>(bits) - first;
-    any |= beyond[k] <= extent;
-    bad |= (K)(bits & Key<S>::most) > Key<S>::infinity;
+    inside += beyond[k] <= extent;
+    nothing += bits == 0;
+    bad += (K)(bits & Key<S>::most) > Key<S>::infinity;
   }
-  *undefined = bad != 0;
-  uint32_t inside = 0;
-  if (any)
-    for (int k = 0; k < kPart; ++k) inside |= (uint32_t)(beyond[k] <= extent) << k;
-  return inside;
+  *zeros += nothing;
+  *undefined += bad;
+  if (inside == 0) return 0;  // as mostly once the search is under way
+  int at = 0;
+  for (int k = 0; k < count; ++k) {
+    steps[at] = (beyond[k] + window.skipped) >> window.shift;
+    at += (beyond[k] <= extent) & (beyond[k] != zero);
+  }
+  return at;
 }
 
 #if defined(__AVX512F__)
-FXK_INLINE uint32_t within(const float* values, const Window<float>& window, uint32_t* beyond,
-                           bool* undefined) {
-  const __m512i bits = _mm512_loadu_si512(values), most = _mm512_set1_epi32(Key<float>::most);
+FXK_INLINE int sift(const float* values, int count, const Window<float>& window, uint32_t* steps,
+                    int64_t* zeros, int64_t* undefined) {
+  const __mmask16 some = (__mmask16)((1u << count) - 1);
+  const __m512i bits = _mm512_maskz_loadu_epi32(some, values);
+  const __m512i most = _mm512_set1_epi32(Key<float>::most);
   const __m512i turned = _mm512_and_si512(_mm512_srai_epi32(bits, 31), most);
-  const __m512i from_first =
+  const __m512i beyond =
       _mm512_sub_epi32(_mm512_xor_si512(bits, turned), _mm512_set1_epi32((int32_t)window.first));
-  _mm512_storeu_si512(beyond, from_first);
-  const __m512i infinity = _mm512_set1_epi32(Key<float>::infinity);
-  *undefined = _mm512_cmpgt_epi32_mask(_mm512_and_si512(bits, most), infinity) != 0;
-  return _mm512_cmple_epu32_mask(from_first, _mm512_set1_epi32((int32_t)window.extent));
+  const __mmask16 other = _mm512_test_epi32_mask(bits, bits);
+  *undefined += __builtin_popcount(_mm512_cmpgt_epi32_mask(
+      _mm512_and_si512(bits, most), _mm512_set1_epi32(Key<float>::infinity)));
+  *zeros += count - __builtin_popcount(other);
+  const __mmask16 inside =
+      _mm512_mask_cmple_epu32_mask(other, beyond, _mm512_set1_epi32((int32_t)window.extent));
+  const __m512i all =
+      _mm512_srl_epi32(_mm512_add_epi32(beyond, _mm512_set1_epi32((int32_t)window.skipped)),
+                       _mm_cvtsi32_si128(window.shift));
+  _mm512_storeu_si512(steps, _mm512_maskz_compress_epi32(inside, all));
+  return __builtin_popcount(inside);
 }
 #endif
 
-// take(distance from the window's first key) for every value of the line in the window; returns how
-// many are NaN. Few are in it once the search is under way: a part without any is passed over.
+// take(step, how many) for those of up to kLine values that are in the window; returns how many are
+// NaN.
 template <class S, class Take>
-FXK_INLINE int64_t look_over(const Line<S>& line, const Window<S>& window, const Take& take) {
-  using K = typename Key<S>::type;
+FXK_INLINE int64_t look_over(const S* values, int64_t length, const Window<S>& window,
+                             const Take& take) {
   using D = typename Key<S>::distance;
-  int64_t undefined = 0, begin = 0;
-  const auto is_nan = [](const S* x) { return (K)(bits_of(x) & Key<S>::most) > Key<S>::infinity; };
-  for (; begin + kPart <= line.count; begin += kPart) {
-    D beyond[kPart];
-    bool bad;
-    uint32_t inside = within(line.values + begin, window, beyond, &bad);
-    if (bad)
-      for (int k = 0; k < kPart; ++k) undefined += is_nan(line.values + begin + k);
-    if (window.none) continue;
-    if (inside == (1u << kPart) - 1)
-      for (int k = 0; k < kPart; ++k) take(beyond[k]);
-    else
-      for (; inside != 0; inside &= inside - 1) take(beyond[__builtin_ctz(inside)]);
-  }
-  for (; begin < line.count; ++begin) {
-    const S* x = line.values + begin;
-    undefined += is_nan(x);
-    const D beyond = key_of<S>(bits_of(x)) - window.first;
-    if (beyond <= window.extent && !window.none) take(beyond);
-  }
+  D steps[kLine + kPart];
+  int64_t count = 0, zeros = 0, undefined = 0, begin = 0;
+  for (; begin + kPart <= length; begin += kPart)
+    count += sift(values + begin, kPart, window, steps + count, &zeros, &undefined);
+  if (begin < length)
+    count += sift(values + begin, (int)(length - begin), window, steps + count, &zeros, &undefined);
+  if (window.none) return undefined;
+  for (int64_t k = 0; k < count; ++k) take(steps[k], 1);
+  const D zero = (D)0 - window.first;
+  if (zero <= window.extent && zeros) take((D)(zero + window.skipped) >> window.shift, zeros);
   return undefined;
 }
 
@@ -166,21 +175,24 @@ FXK_INLINE void each_line(const Args& a, int threads, const Do& line_of) {
           for (int64_t p = 0; p < a.positions; p += 64 / (int64_t)sizeof(S))
             __builtin_prefetch(x + a.stride_n + p);
         for (int64_t p = 0; p < a.positions;) {
-          const int64_t room = kLine - line->count, left = a.positions - p;
-          const int64_t count = left < room ? left : room;
+          const int64_t left = a.positions - p;
+          if (a.stride_p == 1 && left >= kEnough) {  // where they lie
+            const int64_t count = left < kLine ? left : kLine;
+            line_of(first + k, x + p, count);
+            p += count;
+            continue;
+          }
+          const int64_t room = kLine - line->count, count = left < room ? left : room;
           S* to = line->values + line->count;
-          if (a.stride_p == 1)
-            memcpy(to, x + p, sizeof(S) * (size_t)count);
-          else
-            for (int64_t q = 0; q < count; ++q) to[q] = x[(p + q) * a.stride_p];
+          for (int64_t q = 0; q < count; ++q) to[q] = x[(p + q) * a.stride_p];
           p += count;
           line->count += count;
           if (line->count < kLine) continue;
-          line_of(first + k, *line);
+          line_of(first + k, line->values, kLine);
           line->count = 0;
         }
       }
-    for (int64_t k = 0; k < units; ++k) line_of(first + k, lines[k]);
+    for (int64_t k = 0; k < units; ++k) line_of(first + k, lines[k].values, lines[k].count);
   }
 }
 
@@ -189,11 +201,11 @@ int64_t run(const UnitCountArgs& a, int threads) {
   using D = typename Key<S>::distance;
   const int64_t width = a.shift + a.bits, columns = ((int64_t)1 << a.bits) + 1;
   const D reach = width >= (int64_t)(8 * sizeof(D)) ? ~(D)0 : (D)(((D)1 << width) - 1);
-  each_line<S>(a, threads, [&](int64_t unit, const Line<S>& line) {
+  each_line<S>(a, threads, [&](int64_t unit, const S* values, int64_t length) {
     int64_t* counts = a.counts + unit * columns;
-    const Window<S> window = Window<S>::over(a.low[unit], reach);
+    const Window<S> window = Window<S>::over(a.low[unit], reach, a.shift);
     counts[columns - 1] +=
-        look_over(line, window, [&](D beyond) { ++counts[(beyond + window.skipped) >> a.shift]; });
+        look_over(values, length, window, [=](D step, int64_t times) { counts[step] += times; });
   });
   return kOk;
 }
@@ -202,13 +214,15 @@ template <class S>
 int64_t run(const UnitValueArgs& a, int threads) {
   using K = typename Key<S>::type;
   using D = typename Key<S>::distance;
-  each_line<S>(a, threads, [&](int64_t unit, const Line<S>& line) {
+  each_line<S>(a, threads, [&](int64_t unit, const S* values, int64_t length) {
     if (a.high[unit] < a.low[unit]) return;
+    const D low = (D)(K)a.low[unit];
     int64_t *keys = a.keys + unit * a.room, *found = a.found + unit;
-    const Window<S> window = Window<S>::over(a.low[unit], (D)(K)a.high[unit] - (D)(K)a.low[unit]);
-    look_over(line, window, [&](D beyond) {
-      if (*found < a.room) keys[*found] = (int64_t)(K)(window.first + beyond);
-      ++*found;
+    const Window<S> window = Window<S>::over(a.low[unit], (D)(K)a.high[unit] - low, 0);
+    look_over(values, length, window, [&](D step, int64_t times) {
+      for (int64_t k = *found; k < *found + times && k < a.room; ++k)
+        keys[k] = (int64_t)(K)(low + step);
+      *found += times;
     });
   });
   return kOk;

@@ -71,7 +71,7 @@ def _concepts(
     is computed in, masks ``[n, layers, H, W]``, int64 labels ``[n, count]`` and categories."""
     backend = serve("concepts", activations)
     if backend == "reference":
-        _refuse_unknown(masks, labels, len(categories))
+        refuse_unknown(masks, labels, len(categories))
         return reference.concepts(
             activations, thresholds, masks, labels, categories, category_count
         )
@@ -109,7 +109,7 @@ def _concepts(
         MASK_DTYPES[masks.dtype],
     )
     if backend == "cpu" and status >= 0:
-        _refuse_unknown(masks, labels, len(categories), int(status))
+        refuse_unknown(masks, labels, len(categories), int(status))
     return intersections, areas
 
 
@@ -122,7 +122,7 @@ def _label_areas(masks: Tensor, labels: Tensor, count: int) -> Tensor:
     # Labels are of no dtype that kernels are chosen by.
     backend = serve("concepts", masks.new_empty(0, dtype=torch.float32))
     if backend == "reference":
-        _refuse_unknown(masks, labels, count)
+        refuse_unknown(masks, labels, count)
         return reference.label_areas(masks, labels, count)
     masks, labels = masks.contiguous(), labels.contiguous()
     areas = torch.zeros(count, dtype=torch.int64, device=masks.device)
@@ -134,7 +134,7 @@ def _label_areas(masks: Tensor, labels: Tensor, count: int) -> Tensor:
     sizes = [*masks.shape, labels.shape[1], count]
     status = module.label_areas(*how, tensors, sizes, MASK_DTYPES[masks.dtype])
     if backend == "cpu" and status >= 0:
-        _refuse_unknown(masks, labels, count, int(status))
+        refuse_unknown(masks, labels, count, int(status))
     return areas
 
 
@@ -523,7 +523,7 @@ def _rounded_down(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(near.double() > thresholds.double(), below, near)
 
 
-def _refuse_unknown(masks: Tensor, labels: Tensor, count: int, image: int | None = None) -> None:
+def refuse_unknown(masks: Tensor, labels: Tensor, count: int, image: int | None = None) -> None:
     """The first image with a label that there is not; ``image`` where a kernel has found it."""
     for i in range(len(masks)) if image is None else [image]:
         for name, given in (("masks", masks[i]), ("labels", labels[i])):

@@ -196,11 +196,14 @@ class UnitQuantiles:
         done = wanted & (listed <= room)
         used = max(1, min(room, int(listed.max())))
         unused = torch.arange(used, device=listed.device) >= listed[:, None]
-        keys = self._keys[:, :used].masked_fill(unused, torch.iinfo(torch.int64).max).sort(1).values
+        keys = self._keys[:, :used].masked_fill(unused, torch.iinfo(torch.int64).min)
+        # From the largest down to the lower of both: the rest is not worth sorting.
         first = self._rank[0]
+        needed = torch.where(done, listed - (first - zeros), 1).clamp(1, used)
+        keys = keys.topk(int(needed.max()), 1).values
         second = torch.where(same, self._rank[1], self._size[0] + self._rank[1])
         for k, rank in enumerate((first, second)):
-            at = (rank - zeros).clamp(0, used - 1)[:, None]
+            at = (listed - 1 - (rank - zeros)).clamp(0, keys.shape[1] - 1)[:, None]
             key = torch.where(rank < zeros, 0, keys.gather(1, at)[:, 0])
             self._found[k] = torch.where(done, key, self._found[k])
         self._decided = self._decided | done
@@ -219,7 +222,7 @@ class UnitQuantiles:
         low = torch.where(listed, self._low[0] + zero.long(), 1)
         self._span = low, torch.where(listed, last, 0)
         rows = len(low) if listed.any() else 0
-        self._keys = low.new_zeros((rows, room))
+        self._keys = low.new_empty((rows, room))
         self._listed = torch.zeros_like(low)
         self._counted = (~self._decided & many).nonzero()[:, 0]
         if len(self._counted):
