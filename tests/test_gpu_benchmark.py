@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 import fastxkd
 from benchmarks import gpu
+from benchmarks.gpu import losses
+from benchmarks.gpu import stage as stages
 from tests import test_gpu
 
 BACKENDS = ("cpu", "reference") if fastxkd.ops._library._cpu is not None else ("reference",)
@@ -53,7 +55,7 @@ def here(command: list[str], env: dict[str, str], log: Path, seconds: float) -> 
             gpu.stage_process()
         except Exception as error:
             with log.open("a") as file:
-                file.write(f"\n$ stage\n{gpu.brief(error)}\n")
+                file.write(f"\n$ stage\n{stages.brief(error)}\n")
             return 1
     return 0
 
@@ -184,8 +186,8 @@ def test_a_failing_variant_does_not_end_the_others(tmp_path: Path) -> None:
         raise ValueError("no\nsecond line")
 
     at_work = stage(tmp_path)
-    at_work.measure("case", gpu.Variant("wrong", fails), None)
-    at_work.measure("case", gpu.Variant("right", lambda: torch.ones(1000).sum()), None)
+    at_work.measure("case", stages.Variant("wrong", fails), None)
+    at_work.measure("case", stages.Variant("right", lambda: torch.ones(1000).sum()), None)
     wrong, right = told(tmp_path)
     assert (wrong["kind"], wrong["what"], wrong["why"]) == (
         "left out",
@@ -211,13 +213,13 @@ def test_a_variant_that_breaks_the_device_ends_the_stage(
         raise RuntimeError("misaligned address")
 
     with pytest.raises(RuntimeError, match="misaligned"):
-        at_work.measure("case", gpu.Variant("breaks", breaks), None)
+        at_work.measure("case", stages.Variant("breaks", breaks), None)
     assert not (tmp_path / "lines").exists()
 
 
 def test_when_the_time_is_up_nothing_more_begins(tmp_path: Path) -> None:
     at_work = stage(tmp_path, seconds=-1)
-    at_work.measure("case", gpu.Variant("late", lambda: pytest.fail("begun")), None)
+    at_work.measure("case", stages.Variant("late", lambda: pytest.fail("begun")), None)
     gpu.kd_loss_kernels(at_work)
     found = told(tmp_path)
     assert {x["why"] for x in found} == {"no time left"}
@@ -226,7 +228,7 @@ def test_when_the_time_is_up_nothing_more_begins(tmp_path: Path) -> None:
 
 
 def test_clock_times_calls_and_what_comes_before_is_not_timed() -> None:
-    clock = gpu.Clock(dataclasses.replace(TINY, rounds=7, seconds=10.0))
+    clock = stages.Clock(dataclasses.replace(TINY, rounds=7, seconds=10.0))
     done: list[str] = []
 
     def call() -> None:
@@ -251,24 +253,25 @@ def test_eager_forms_are_the_losses_of_the_library() -> None:
     for name, options in test_gpu.DIVERGENCES.items():
         beta = {"jsd": {"beta": 0.5}, "dist": {"beta": 1.0}}.get(name, {})
         hard, soft = test_gpu.parts_of(student, teacher, labels, options | beta)
-        for loss in (gpu.eager, gpu.ours):
+        for loss in (losses.eager, losses.ours):
             torch.testing.assert_close(loss(student, teacher, labels, name), hard + soft)
-        batch = gpu.Batch(9, 33, torch.float64, torch.device("cpu"))
+        batch = losses.Batch(9, 33, torch.float64, torch.device("cpu"))
         batch.student, batch.teacher, batch.labels = student, teacher, labels
         with fastxkd.use_backend("reference"):
-            found, _, grad = gpu.operator(batch, name)()  # type: ignore[misc]
+            found, _, grad = losses.operator(batch, name)()  # type: ignore[misc]
         torch.testing.assert_close(found, hard + soft)
         assert grad.shape == student.shape
     torch.testing.assert_close(
-        gpu.forward_kl(student, teacher, labels), gpu.eager(student, teacher, labels, "forward_kl")
+        losses.forward_kl(student, teacher, labels),
+        losses.eager(student, teacher, labels, "forward_kl"),
     )
 
 
 def test_a_wrong_loss_shows_in_the_note() -> None:
-    batch = gpu.Batch(9, 33, torch.float32, torch.device("cpu"))
-    right = batch.deviation(lambda s, t, y: gpu.eager(s, t, y, "forward_kl"), "forward_kl")
+    batch = losses.Batch(9, 33, torch.float32, torch.device("cpu"))
+    right = batch.deviation(lambda s, t, y: losses.eager(s, t, y, "forward_kl"), "forward_kl")
     assert float(right.rsplit(" ", 1)[1]) < 1e-5
-    wrong = batch.deviation(lambda s, t, y: 1.5 * gpu.eager(s, t, y, "forward_kl"), "forward_kl")
+    wrong = batch.deviation(lambda s, t, y: 1.5 * losses.eager(s, t, y, "forward_kl"), "forward_kl")
     assert wrong == "loss off by 5.0e-01"
 
 
@@ -287,8 +290,8 @@ def test_liger_is_used_as_its_interface_has_it(monkeypatch: pytest.MonkeyPatch) 
     peer.LigerCrossEntropyLoss = CrossEntropy  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "liger_kernel", type(sys)("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", peer)
-    batch = gpu.Batch(9, 33, torch.float32, torch.device("cpu"))
-    assert float(batch.deviation(gpu.liger(), "forward_kl").rsplit(" ", 1)[1]) < 1e-5
+    batch = losses.Batch(9, 33, torch.float32, torch.device("cpu"))
+    assert float(batch.deviation(losses.liger(), "forward_kl").rsplit(" ", 1)[1]) < 1e-5
 
 
 def test_numbers_tell_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
