@@ -4,6 +4,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints/ci.txt
 SOURCES := pyproject.toml setup.py constraints/ci.txt $(wildcard csrc/*.* csrc/*/*.*)
 OUT ?= demo-run
+# Of the operators and of what calls them: under the sanitizers, and without a compiler.
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,kd_loss divergences dist cam distance principal concepts quantiles dissection)
+# Test files side by side; many kernels use threads of their own.
+WORKERS ?= 2
 
 .PHONY: demo test bench lint wheel sanitize nocompiler ci clean
 
@@ -11,7 +15,7 @@ demo: .venv/.cli
 	$(BIN)/fastxkd demo --out $(OUT)
 
 test: .venv/.test
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(BENCH)
@@ -36,9 +40,8 @@ sanitize: .venv/.test
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  FASTXKD_SANITIZE=1 FASTXKD_FUZZ_CASES=40 OMP_WAIT_POLICY=passive \
-	  ../../$(BIN)/python -m pytest -m "not slow" \
-	  -p no:cacheprovider tests/test_kd_loss.py tests/test_divergences.py tests/test_dist.py tests/test_cam.py \
-	  tests/test_distance.py tests/test_principal.py tests/test_fuzz.py -k "not compile and not opcheck and not issection"
+	  ../../$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider --capture=sys \
+	  $(KERNEL_TESTS) tests/test_fuzz.py
 
 # A machine without a compiler: the package installs, says so, and runs on the reference. -S and the
 # path keep the checkout's own installation out, whose kernels would be found otherwise.
@@ -51,9 +54,7 @@ nocompiler: .venv/.test
 	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 	  cd build/nocompiler && export PYTHONPATH="$$site" OMP_WAIT_POLICY=passive && \
 	  ../../$(BIN)/python -S -c "import fastxkd; assert {b.kernel for b in fastxkd.backends()} == {'reference'}" && \
-	  ../../$(BIN)/python -S -m pytest -m "not slow" -p no:cacheprovider tests/test_kd_loss.py \
-	  tests/test_divergences.py tests/test_dist.py tests/test_cam.py tests/test_distance.py \
-	  tests/test_principal.py
+	  ../../$(BIN)/python -S -m pytest -m "not slow" -p no:cacheprovider $(KERNEL_TESTS)
 
 ci: lint test sanitize nocompiler
 

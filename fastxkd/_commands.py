@@ -652,6 +652,7 @@ def dissect(
     The same command after an interruption goes on where it stopped.
     """
     from fastxkd.runs.dissect import dissect as run_dissect
+    from fastxkd.runs.dissected import without_pixels
     from fastxkd.runs.progress import shown_progress
 
     def told(what: str, done: int, total: int) -> None:
@@ -695,6 +696,9 @@ def dissect(
         row |= {category: f"{n.detectors:,}" for category, n in result.counts.items()}
         rows.append(row)
     console.print(_table(f"Concept detectors on {data}", rows))
+    empty = without_pixels(result.concepts, result.label_areas)
+    if empty:
+        typer.echo(f"no image that was used has a pixel of: {', '.join(empty)}", err=True)
     typer.echo(f"report: {(out / 'report.html').resolve()}")
     if not done.failed:
         return 0

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 USER_ERROR, SKIPPED_IMAGES, INTERRUPTED, TERMINATED = 2, 3, 130, 143
 EXIT_CODES = (
     "Exit status: 0 done; 2 something asked for cannot be done (one line says what); 3 done, but "
-    "some images could not be read (listed in metrics.json and the report); 130 or 143 "
-    "interrupted, the same command resumes."
+    "some images could not be read (listed in the report, and in metrics.json or errors.jsonl); "
+    "130 or 143 interrupted, the same command resumes."
 )
 
 

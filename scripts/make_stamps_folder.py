@@ -17,30 +17,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CATEGORIES = {
-    "birds": "animals/birds",
-    "flowers": "plants/flowers",
-    "fruit": "food/fruit",
-    "insects": "animals/insects",
-    "mammals": "animals/mammals",
-    "road signs": "town/roadsigns",
-    "sea life": "animals/fish",
-    "tools": "household/tools",
-    "vegetables": "food/vegetables",
-    "vehicles": "vehicles",
-}
-NO_PHOTOGRAPHS = {"cartoon", "toys"}
-
-
-def stamps_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.png") if not NO_PHOTOGRAPHS & set(path.parts))
+from fastxkd.runs.concept_stamps import OBJECTS, stamps_below
 
 
 def chosen(root: Path, count: int, seed: int) -> list[tuple[str, Path]]:
     """``count`` stamps, as evenly over the categories as they allow."""
     random = np.random.RandomState(seed)
     pools = {}
-    for category, place in CATEGORIES.items():
+    for category, place in OBJECTS.items():
         found = stamps_below(root / place)
         pools[category] = [found[at] for at in random.permutation(len(found))]
     picked: list[tuple[str, Path]] = []

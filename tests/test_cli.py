@@ -16,6 +16,7 @@ import torch
 
 import fastxkd
 from fastxkd import cli
+from fastxkd.runs import models
 from fastxkd.runs.models import load_model
 from fastxkd.runs.progress import shown_progress
 from tests.conftest import needs
@@ -218,6 +219,34 @@ def test_compare_without_base_and_with_other_outputs(place, capsys):
     assert content["models"][1]["agreement"] == 1
     assert "the teacher serves as base" in content["run"]["base"]
     assert content["gallery"][0]["predictions"]["student"][0].startswith("thing ")
+
+
+@pytest.mark.parametrize("command", ["compare", "distill", "explain", "explain --mean 0.485"])
+def test_published_weights_on_images_of_another_mean_are_told_of(
+    place, monkeypatch, caplog, command
+):
+    def published(name: str, num_classes: int, in_channels: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return models.load_model(
+            f"{place}/nets.py:small", num_classes=num_classes, in_channels=in_channels
+        )
+
+    monkeypatch.setattr(models, "_timm", published)
+    file = place / "published.pt"
+    torch.save(published("", 2, 3).state_dict(), file)
+    data = {"data": f"imagefolder:{place}/images", "image_size": 16, "out": place / "out"}
+    name, *more = command.split()
+    if name == "explain":
+        chosen = {"model": "timm:x", "weights": file}
+    else:
+        # The student is not published, and not told of.
+        chosen = {"teacher": "timm:x", "teacher_weights": file, "student": "cnn-small"}
+    if name == "distill":
+        chosen |= {"epochs": 1, "batch_size": 8}
+    assert cli.main([name, *as_options({**chosen, **data, "gallery": 2}), *more]) == 0
+    told = [r.getMessage() for r in caplog.records if "are normalised as" in r.getMessage()]
+    role = "model" if name == "explain" else "teacher"
+    assert [text.partition(":")[0] for text in told] == ([] if more else [role])
 
 
 def test_compare_pretrained_networks_of_the_example(tmp_path):

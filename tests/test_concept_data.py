@@ -135,6 +135,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda root: save(root / "images/im/001_object.png", colours(np.zeros((SIZE, SIZE), int))),
         r"^index.csv row 3: im/001_object.png: no pixel has a label$",
     ),
+    "mask that lost its numbers": (
+        lambda root: (
+            needs("PIL.Image")
+            .fromarray(colours(np.ones((SIZE, SIZE), int)))
+            .save(root / "images/im/001_object.png", "JPEG")
+        ),
+        r"^index.csv row 3: im/001_object.png: a JPEG, which does not keep the numbers of labels",
+    ),
     "image that is a mask of floats": (
         lambda root: (
             needs("PIL.Image")
@@ -167,6 +175,15 @@ def test_what_is_broken_is_named_by_file_and_row(tmp_path, kind):
     ("fields", "words"),
     [
         ({"texture": "9"}, "index.csv row 3: unknown label 9$"),
+        ({"texture": "9" * 18}, f"index.csv row 3: unknown label {'9' * 18}$"),
+        (
+            {"texture": "9" * 5000},
+            f"index.csv row 3: expected numbers of labels, got '{'9' * 40}'$",
+        ),
+        (
+            {"texture": f"im/000_object.png;{'9' * 20}"},
+            "index.csv row 3: expected numbers of labels",
+        ),
         ({"object": "im/000_object.png", "sh": 13}, "row 3: masks of sh x sw = 13 x 12, expected"),
         ({"object": "im/000_object.png", "sh": ""}, "row 3: masks of sh x sw = x 12, expected"),
         ({"object": "../../../x.png"}, r"row 3: \.\./\.\./\.\./x.png leads out of the data folder"),
@@ -181,6 +198,23 @@ def test_rows_that_are_broken(tmp_path, fields, words):
     with pytest.raises(ImageError, match=words):
         source[1]
     assert readable(source) == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["index.csv", "label.csv", "category.csv", "c_color.csv"])
+def test_tables_of_spreadsheets(tmp_path, name):
+    write_broden(tmp_path, 3)
+    spec = f"broden:{tmp_path}"
+    before = open_concepts(spec, image_size=IMAGE).describe()
+    path = tmp_path / name
+    text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b",\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + text)
+    assert open_concepts(spec, image_size=IMAGE).describe() == before
+
+
+def open_quote(path: Path, row: int) -> None:
+    lines = path.read_text().splitlines()
+    lines[row - 1] = f'"{lines[row - 1]}'
+    path.write_text("\n".join(lines) + "\n")
 
 
 def test_empty_masks_are_taken_on_request(tmp_path):
@@ -202,6 +236,22 @@ def test_empty_masks_are_taken_on_request(tmp_path):
         (
             lambda root: table(root / "c_color.csv", ("number", "coverage"), [(2, "much")]),
             "c_color.csv row 2: coverage is 'much', expected a number",
+        ),
+        (
+            lambda root: table(root / "c_color.csv", ("number", "coverage"), [(2, "nan")]),
+            "c_color.csv row 2: coverage is 'nan', expected a number that is not below 0",
+        ),
+        (
+            lambda root: table(root / "c_color.csv", ("number", "coverage"), [(2, 1), (3, -1)]),
+            "c_color.csv row 3: coverage is '-1', expected a number that is not below 0",
+        ),
+        (
+            lambda root: table(root / "label.csv", ("number", "name"), [("9" * 5000, "a")]),
+            "label.csv row 2: the number of a label is '9{40}', expected 1 to 65535",
+        ),
+        (
+            lambda root: open_quote(root / "index.csv", 4),
+            "index.csv row 4: unexpected end of data$",
         ),
         (
             lambda root: table(root / "c_color.csv", ("number", "coverage"), []),
@@ -298,6 +348,13 @@ def test_folder_of_images_and_masks(tmp_path):
             lambda root: table(root / "images.csv", ("image", "labels"), [("a/1.png", "cat")]),
             "^images.csv row 2: expected numbers of labels, got 'cat'$",
         ),
+        (
+            lambda root: (
+                table(root / "images.csv", ("image", "labels"), [("a/1.png", "1")]),
+                (root / "images/a/1.png").unlink(),
+            ),
+            "^images.csv row 2: images/a/1.png: FileNotFoundError",
+        ),
     ],
 )
 def test_folders_that_are_broken(tmp_path, damage, words):
@@ -307,6 +364,51 @@ def test_folders_that_are_broken(tmp_path, damage, words):
     with pytest.raises(ImageError, match=words):
         source[1]
     source[0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (
+            "images/a/1.bmp",
+            "images/a/1.bmp and images/a/1.png would have one mask, masks/shades/a/1",
+        ),
+        ("masks/things/a/1.bmp", "masks/things/a/1.bmp and masks/things/a/1.png are masks of one"),
+    ],
+)
+def test_a_mask_belongs_to_one_image(tmp_path, extra, words):
+    write_folder(tmp_path)
+    save(tmp_path / extra, np.full((10, 8), 1, np.uint8))
+    with pytest.raises(ValueError, match=words):
+        open_concepts(f"conceptfolder:{tmp_path}")
+
+
+def test_an_image_is_listed_once(tmp_path):
+    write_folder(tmp_path)
+    table(tmp_path / "images.csv", ("image", "labels"), [("./a/0.png", "4")])
+    source = open_concepts(f"conceptfolder:{tmp_path}", image_size=20)
+    assert [source.name(i) for i in range(len(source))] == ["a/0.png", "a/1.png", "a/2.png"]
+    assert source[0].labels == [4]
+    table(tmp_path / "images.csv", ("image", "labels"), [("./a/0.png", "4"), ("a/0.png", "1")])
+    with pytest.raises(ValueError, match=r"images.csv row 3: a/0.png comes twice, first in row 2"):
+        open_concepts(f"conceptfolder:{tmp_path}")
+
+
+def test_other_concepts_are_other_data(tmp_path):
+    write_folder(tmp_path)
+    found = []
+    for file, old, new in (
+        ("labels.csv", "", ""),
+        ("labels.csv", "4,grass,texture", "4,grass,object\n5,sand,texture"),
+        ("labels.csv", "grass", "gravel"),
+        ("images.csv", "a/0.png,4", "a/0.png,1"),
+    ):
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text.replace(old, new))
+        found.append(open_concepts(f"conceptfolder:{tmp_path}").describe())
+    (tmp_path / "masks/things").rename(tmp_path / "masks/others")
+    found.append(open_concepts(f"conceptfolder:{tmp_path}").describe())
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
 
 def test_links_that_lead_out_are_not_followed(tmp_path):

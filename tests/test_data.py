@@ -21,6 +21,7 @@ from fastxkd.runs.data import (
     load_data,
 )
 from fastxkd.runs.pictures import read_image
+from fastxkd.runs.sources import open_source
 from tests.conftest import needs
 
 
@@ -106,7 +107,7 @@ def test_stamps_become_a_folder_of_classes(tmp_path):
     done = run_script("make_stamps_folder.py", tmp_path / "stamps", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     data = load_data(f"imagefolder:{tmp_path / 'out'}", image_size=32, held_out=0)
-    assert data.classes == ["birds", "fruit", "vehicles"]
+    assert data.classes == ["bird", "fruit", "vehicle"]
     assert np.bincount(data.test.labels).tolist() == [3, 2, 2]
     assert not any("cartoon" in path.name for path in data.test.paths)
     pixels = data.test.load([0]).images[0]
@@ -211,6 +212,24 @@ def test_folder_with_its_own_split(tmp_path):
     write_images(tmp_path / "val", {"c": 1})
     with pytest.raises(ValueError, match=r"expected the classes of .*train in .*val, got c"):
         load_data(f"imagefolder:{tmp_path}")
+
+
+def test_parts_without_training_images_are_no_classes(tmp_path):
+    write_images(tmp_path / "val", {"a": 3, "b": 4})
+    write_images(tmp_path / "test", {"a": 1, "b": 1})
+    data = load_data(f"imagefolder:{tmp_path}", image_size=16, held_out=0)
+    assert data.train is None
+    assert data.classes == ["a", "b"]
+    assert data.test.labels.tolist() == [0] * 3 + [1] * 4
+    assert "test images from val/" in data.notice
+    source = open_source(f"imagefolder:{tmp_path}", image_size=16)
+    assert (source.classes, len(source)) == (data.classes, len(data.test))
+    with pytest.raises(ValueError, match=r"has a 'val' folder but no 'train'; .*/val$"):
+        load_data(f"imagefolder:{tmp_path}")
+    assert len(load_data(f"imagefolder:{tmp_path}/val", image_size=16).train) == 5
+    # With other folders of images beside them they are classes like these.
+    write_images(tmp_path, {"plane": 2})
+    assert load_data(f"imagefolder:{tmp_path}", held_out=0).classes == ["plane", "test", "val"]
 
 
 def test_folders_that_cannot_be_used(tmp_path):

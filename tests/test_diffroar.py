@@ -260,12 +260,55 @@ def test_other_settings_models_and_folders_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    ['{"settings": [], "accuracies": []}', '{"settings": {}, "accuracies": [["top", 1, 0, 7]]}'],
+)
+def test_damaged_results_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / RESULT).write_text(content)
+    with pytest.raises(ValueError, match=r"out: .* is damaged"):
+        run(MODEL, tmp_path)
+
+
+class Noisy(nn.Module):
+    """Draws numbers, and is no two times the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = linear(3.0, 1.0, 1.0, 0.1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inner(images * torch.rand_like(images))
+
+
+def test_a_model_that_draws_numbers_is_resumed(tmp_path: Path) -> None:
+    first = run(Noisy(), tmp_path / "run", fractions=(0.25,))
+    torch.rand(7)
+    assert run(Noisy(), tmp_path / "run", fractions=(0.25,)) == first
+
+
+def test_what_cannot_be_done_is_said_before_the_ranking(tmp_path: Path) -> None:
+    watch = Watch()
+    with pytest.raises(ValueError, match="model: expected one of cnn-large"):
+        run(MODEL, student="cnn-huge", progress=watch)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"it holds thesis\.tex"):
+        run(MODEL, tmp_path, progress=watch)
+    assert not watch.stages
+
+
+def test_damaged_weights_are_not_measured() -> None:
+    with pytest.raises(ValueError, match="got NaN in 64 images"):
+        run(linear(float("nan"), 1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
         ({"fractions": ()}, ValueError, "fractions: expected one or more"),
         ({"fractions": (0.1, 0.1)}, ValueError, "fractions: expected one or more, each once"),
         ({"fractions": (1.5,)}, ValueError, "fraction: expected 0 < fraction <= 1"),
         ({"seeds": ()}, ValueError, "seeds: expected one or more"),
+        ({"seeds": np.arange(2)}, TypeError, "seeds: expected int, got int64"),
         ({"of": "gradient"}, ValueError, "of: expected one of loss, logit"),
         ({"labels": "both"}, ValueError, "labels: expected one of true, predicted"),
         ({"channels": "mean"}, ValueError, "channels: expected one of max, sum"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,46 @@ def test_a_model_that_changes_its_mind_needs_a_spool(tmp_path):
     assert found.images == 23
 
 
+class Shuffled:
+    """Images in another order every time."""
+
+    def __init__(self) -> None:
+        self.tensors, self.random = data(), np.random.RandomState(3)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order = torch.from_numpy(self.random.permutation(len(self.tensors[0])))
+        return iter(in_batches(*(tensor[order] for tensor in self.tensors), size=1))
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_order_does_not_matter(tmp_path, spooled):
+    model = net().eval()
+    spool = tmp_path if spooled else None
+    found = NetworkDissection(model, "4", CONCEPTS, q=0.1, spool=spool)(Shuffled())
+    agrees(found, straightforward(model, model[4], in_batches(*data(), size=1), 0.9))
+
+
+def test_with_a_spool_data_comes_once(tmp_path):
+    model = net().eval()
+    batches = in_batches(*data())
+    nobody = tuple(tensor[:0] for tensor in batches[0])
+    dissection = NetworkDissection(model, "4", CONCEPTS, q=0.1, spool=tmp_path)
+    found = dissection(batch for batch in [nobody, *batches])
+    agrees(found, straightforward(model, model[4], batches, 0.9))
+    without = dissection(batch[:2] for batch in batches)
+    assert torch.equal(without.thresholds, found.thresholds)
+    assert found.label_areas[6:8].all()
+    assert not without.label_areas[6:8].any()
+
+
+def test_labels_that_are_none_are_named_on_every_device():
+    tally = DissectionTally(torch.zeros(1, device="meta"), CONCEPTS)
+    maps, masks = torch.zeros(2, 1, 3, 3), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    masks[1, 0, 0, 0] = 9
+    with pytest.raises(ValueError, match="masks: expected labels from 0 to 8, got 9 in image 1"):
+        tally.update(maps, masks)
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     model, batches = net(), in_batches(*data())
     for given, words in (
@@ -310,7 +351,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     images, masks, labels = batches[0]
     for other, words in (
         (masks[:, 0], r"masks: expected \[5, layers, H, W\], got \[5, 28, 25\]"),
-        (masks[:3], r"batches: expected the same every time"),
+        (masks[:3], r"masks: expected \[5, layers, H, W\], got \[3, 2, 28, 25\]"),
         (masks.float(), "masks: expected uint8, int16 or int32"),
         (masks + 9, "masks: expected labels from 0 to 8, got 9 in image 0"),
     ):
@@ -318,8 +359,17 @@ def test_what_does_not_fit_is_named(tmp_path):
             dissection([(images, other, labels)])
     with pytest.raises(ValueError, match=r"masks: expected .*as in the batches before"):
         dissection([batches[0], (images, masks[..., :9, :9], labels)])
-    with pytest.raises(ValueError, match="advance: the pass saw no values"):
+    with pytest.raises(ValueError, match="batches: expected at least one, got none"):
         dissection([])
+    for odd, got in (
+        ((images,), "1 of them"),
+        ((*batches[0], 1), "4 of them"),
+        ({"images": images}, "<class 'dict'>"),
+    ):
+        with pytest.raises(ValueError, match=rf"batches: expected \(images, masks\).*got {got}"):
+            dissection([odd])
+    with pytest.raises(TypeError, match="spool: expected a folder, got int"):
+        NetworkDissection(model, "4", CONCEPTS, spool=3)(batches)
     for wrong, words in (
         ((("",), ("a",), (0,)), "names: expected label 0 and at least one more, got 1"),
         ((("", "x"), ("a",), (0,)), "category: expected one for each of 2 labels, got 1"),

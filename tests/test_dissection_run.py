@@ -6,9 +6,11 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -317,6 +319,25 @@ def test_activations_that_are_not_finite_cost_that_image_only(tmp_path):
         assert done.models["sighted"].dissection.images == 8
 
 
+@pytest.mark.parametrize("spool", [True, False])
+def test_a_model_that_can_use_no_image_says_why(tmp_path, spool):
+    concepts = source(tmp_path / "data", 5, broken=(0,))
+    blind = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Threshold(torch.inf, torch.inf))
+    with pytest.raises(ValueError, match=r"none of its images, the first: im/000\.png: index\.csv"):
+        dissect(blind, concepts, tmp_path / "run", layers="1", q=0.1, spool=spool)
+
+
+@pytest.mark.usefixtures("_no_page")
+def test_the_disk_must_hold_what_stays(tmp_path, monkeypatch):
+    concepts = source(tmp_path / "data", 3)
+    one = 3 * 4 * (8 * 11 * 11)  # images, bytes, activations
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * one - 1))
+    more: dict[str, Any] = {"layers": "1", "q": 0.1}
+    with pytest.raises(ValueError, match="out: the activations of 3 images are"):
+        dissect([net(), net(1)], concepts, tmp_path / "kept", keep=True, **more)
+    dissect([net(), net(1)], concepts, tmp_path / "run", **more)
+
+
 @pytest.mark.usefixtures("_no_page")
 @pytest.mark.parametrize(
     ("spool", "words"),
@@ -427,6 +448,24 @@ def test_the_verb(tmp_path, capsys):
            "--name", "student", "--name", "base"]  # fmt: skip
     assert cli.main(two) == 3
     assert [line["model"] for line in rows(tmp_path / "two")] == ["student"] * 8 + ["base"] * 8
+
+
+def test_a_category_that_no_mask_shows_is_named(tmp_path, capsys):
+    write_broden(tmp_path / "data", 4)
+    for file in (tmp_path / "data/images/im").glob("*_color_*.png"):
+        save(file, colours(np.zeros((SIZE, SIZE), int)))
+    for i in range(4):
+        save(tmp_path / f"data/images/im/{i:03d}_object.png", colours(np.ones((SIZE, SIZE), int)))
+    (tmp_path / "nets.py").write_text(NETS)
+    command = [
+        "dissect", "--model", f"{tmp_path / 'nets.py'}:net", "--num-classes", "3", "--layer", "1",
+        "--data", f"broden:{tmp_path / 'data'}", "--image-size", str(IMAGE), "--gallery", "1",
+        "--out", str(tmp_path / "run"), "--allow-empty",
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    assert "no image that was used has a pixel of: color" in capsys.readouterr().err
+    found = json.loads((tmp_path / "run/counts.json").read_text())
+    assert found["models"]["model"]["categories_without_pixels"] == ["color"]
 
 
 def write_many(root: Path, count: int) -> list[int]:

@@ -342,6 +342,22 @@ def test_models_that_are_no_classifiers_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"student": 3}, "student: expected a Module, got int"),
+        ({"teacher": "x"}, "teacher: expected a Module, got str"),
+        ({"settings": []}, "settings: expected a TrainSettings, got list"),
+        ({"batches": None}, r"batches: expected an object with __len__\(\) and .*, got NoneType"),
+        ({"batches": [1]}, r"batches: expected an object with __len__\(\) and .*, got list"),
+    ],
+)
+def test_arguments_of_another_kind(wrong, text):
+    given = {"student": network(), "batches": Batches(), "settings": SETTINGS, **wrong}
+    with pytest.raises(TypeError, match=text):
+        Distiller(**given)
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),

@@ -15,7 +15,7 @@ import torch
 
 from fastxkd.runs.data import TrainBatches, load_data
 from fastxkd.runs.explained_batches import ExplainedBatches, explanation_cache
-from fastxkd.train.explanation_cache import ExplanationCache
+from fastxkd.runs.explanation_cache import ExplanationCache
 from fastxkd.train.teacher_maps import TeacherExplanations
 from tests.test_data import write_images
 from tests.test_xdistillation import classifier
@@ -173,7 +173,7 @@ def test_another_teachers_maps_are_refused(tmp_path, change, text):
 
 def test_damage_is_named(tmp_path):
     make(tmp_path).fill(load)
-    file, journal = tmp_path / "maps.npy", tmp_path / "maps.jsonl"
+    file = tmp_path / "maps.npy"
     good = file.read_bytes()
     file.write_bytes(good[:-5] + b"\x01" + good[-4:])
     with pytest.raises(ValueError, match=r"chunk 4 of .*maps\.npy is not what was written; remove"):
@@ -184,8 +184,13 @@ def test_damage_is_named(tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match=r"maps\.npy is damaged or missing"):
         make(tmp_path)
-    journal.write_text("[1, 2]\nnonsense\n")
-    with pytest.raises(ValueError, match=r"maps\.jsonl is damaged"):
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]\nnonsense\n", "[1, 2]\n", "5\n", '{"format": 1'])
+def test_a_damaged_journal_is_named(tmp_path, content):
+    make(tmp_path).fill(load)
+    (tmp_path / "maps.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"maps\.jsonl is damaged .*; remove .* to compute the ma"):
         make(tmp_path)
 
 
@@ -219,6 +224,29 @@ def test_images_that_cannot_be_read_have_no_maps(tmp_path):
     assert cache.fill(broken) == COUNT - 3
     assert (cache.read([3, 10, 17]) == 0).all()
     assert (cache.read([4]) != 0).any()
+
+
+def test_maps_that_are_not_finite_are_named(tmp_path):
+    def broken(indices):
+        found, kept = load(indices)
+        found[indices == 12] = torch.nan
+        return found[1:], kept[1:]
+
+    cache = make(tmp_path)
+    with pytest.raises(ValueError, match="explanations: those of image 12 are not finite"):
+        cache.fill(broken)
+    assert (cache.read([9]) != 0).any()
+
+
+def test_indices_and_sizes_beyond_are_named(tmp_path):
+    cache = make(tmp_path)
+    cache.fill(load)
+    for index in (-1, COUNT):
+        with pytest.raises(ValueError, match=f"indices: expected 0 to {COUNT - 1}, got "):
+            cache.read([3, index])
+    for wrong in ({"image_size": 12}, {"size": (6,)}, {"size": (6.5, 6)}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            make(tmp_path / "other", **wrong)
 
 
 def test_maps_move_exactly_as_their_images(tmp_path):

@@ -78,9 +78,23 @@ def test_classes_ruled_out_by_both_are_no_divergence():
     assert (found.divergence == 0).all()
 
 
+def test_models_may_work_in_place():
+    images = torch.rand(2, 1, 12, 12)
+    kept, found = images.clone(), []
+    explain = lambda x, targets: x[:, 0]  # noqa: E731
+    plain = lambda x: (x - 0.5).flatten(1)[:, 40:50]  # noqa: E731
+    for model in (lambda x: x.sub_(0.5).flatten(1)[:, 40:50], plain):
+        found.append(explanation_fidelity(model, model, images, explain, explain, steps=6))
+        assert torch.equal(images, kept)
+    for one, other in zip(found[0], found[1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        ({"ssim_window": 10}, "ssim_window: expected an odd number of pixels, got 10"),
+        ({"ssim_window": 0}, "ssim_window: expected at least 1, got 0"),
         ({"images": torch.rand(1, 12, 12)}, r"images: expected \[n, channels, h, w\]"),
         ({"explain_student": lambda x, targets: x}, r"explain_student: expected \[n, h, w\]"),
         ({"explain_teacher": lambda x, targets: x[:, 0, 1:]}, r"explain_teacher: expected \[2, 12"),

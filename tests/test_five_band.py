@@ -70,6 +70,23 @@ def test_bands_and_their_edges() -> None:
     assert others.tolist() == [-2, -2, -2, -1, -1, -1, 1, 2, 2, 2, 2]
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_on_a_threshold_is_below_it_in_every_dtype(dtype: torch.dtype) -> None:
+    """0.3 in float32 is more than 0.3 in float64, and -0.7 too."""
+    values = [[[-0.7, -0.3, 0.3, 0.7, 1.0]]]
+    on = torch.tensor(values, dtype=dtype)
+    assert five_bands(on).tolist() == [[[-2, -1, 0, 1, 2]]]
+    for h in (on, torch.tensor([[[-7, -3, 3, 7, 10]]], dtype=dtype)):
+        for truth in DTYPES:
+            scores = five_band_score(h, torch.tensor(values, dtype=truth))
+            # Four of band -2, -1, 1 and 2, one of band 0, and all of them found.
+            wanted = [1, 4 / (4 + 1e-6), 4 / (4 + 1e-6), 0]
+            assert [v.item() for v in scores] == pytest.approx(wanted, abs=1e-7)
+
+
 def test_by_hand() -> None:
     """Ten pixels, counted on paper.
 
@@ -123,6 +140,15 @@ def test_scalings_agree_and_zero_stays() -> None:
     perfect = five_band_score(truth / 0.9, truth)
     assert perfect.accuracy.tolist() == [1] * 4
     assert perfect.recall.tolist() == pytest.approx([1] * 4, abs=1e-5)
+
+
+def test_a_threshold_may_be_0_where_it_does_not_shrink() -> None:
+    h, truth = pairs()
+    t = (-0.5, -0.1, 0.0, 0.5)
+    metric = FiveBandScore(thresholds=t)
+    metric.update(h, truth)
+    wanted = five_band_score(h, truth, thresholds=t).accuracy.mean().item()
+    assert metric.compute()["accuracy"].item() == pytest.approx(wanted, abs=1e-7)
 
 
 def test_nan_stays_with_its_image() -> None:
@@ -186,6 +212,7 @@ MAPS = torch.zeros(2, 4, 4)
         (lambda: three_zones(4, zone="object"), ValueError, "zone: expected one of mark, patch"),
         (lambda: three_zones(0), ValueError, "count: expected at least 1"),
         (lambda: three_zones(1, first=-1), ValueError, "first: expected"),
+        (lambda: three_zones(1, seed=1.5), TypeError, "seed: expected an int, got float"),
     ],
 )
 def test_what_does_not_fit_is_named(call: Any, kind: type[Exception], text: str) -> None:

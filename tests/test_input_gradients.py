@@ -95,6 +95,29 @@ def test_images_do_not_reach_each_other() -> None:
     assert not broken[[0, 2, 3]].isnan().any()
 
 
+@pytest.mark.parametrize("of", ["loss", "probability"])
+def test_a_model_that_is_sure_has_gradients_as_exact_as_any(of: str) -> None:
+    """1 - p of the right class, from 0.5 to 1e-30, where float32 has 1 from 6e-8 on."""
+    sure = torch.tensor([0.0, 10.0, 15.0, 17.5, 25.0, 70.0])
+    weight = torch.tensor([[2.0, -1.0, 3.0, 0.5], [0.25, 1.0, -2.0, 1.0], [-1.0, 0.5, 1.5, 2.0]])
+
+    def model(images: Tensor) -> Tensor:
+        return images.flatten(1) @ weight.T + sure[:, None] * torch.tensor([0.0, 1.0, 0.0])
+
+    found = input_gradients(model, torch.zeros(6, 1, 2, 2), torch.ones(6, dtype=torch.long), of=of)
+    # By hand: 1 - p = 2 / (2 + e^sure), half of it for either of the others.
+    rest = 2 / (2 + sure.double().exp())
+    slope = (weight[0] + weight[2]).double() / 2 - weight[1]
+    factor = rest if of == "loss" else -rest * (1 - rest)
+    wanted = factor[:, None] * slope
+    torch.testing.assert_close(found.flatten(1).double(), wanted, rtol=2e-6, atol=0)
+
+
+def test_a_single_class_has_no_slope() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
+    assert not input_gradients(model, torch.rand(2, 1, 2, 2), torch.zeros(2).long()).any()
+
+
 def test_maps_and_ranks() -> None:
     gradients = torch.tensor([[[[1.0, -2.0]], [[-3.0, 0.5]]]])
     assert gradient_maps(gradients).tolist() == [[[3.0, 2.0]]]
@@ -106,6 +129,14 @@ def test_maps_and_ranks() -> None:
         [[2, 0], [3, 1]],
         [[1, 2], [0, 3]],
     ]
+
+
+def test_gradients_that_are_no_numbers_have_no_order() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    images = torch.rand(3, 1, 2, 2)
+    images[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="got NaN in 1 images"):
+        ranked_pixels(model, images, torch.zeros(3).long())
 
 
 def test_kept_pixels_by_hand() -> None:

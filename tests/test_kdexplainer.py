@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastxkd
-from fastxkd.train import TrainSettings
+from fastxkd.train import TrainingDiverged, TrainSettings
 from fastxkd.train.kdexplainer import KDExplainer
 from fastxkd.train.kdexplainer_distiller import (
     KDExplainerDistiller,
@@ -362,6 +362,17 @@ def test_first_stage_equals_a_loop_written_out(schedule: str) -> None:
     assert [r["lr"] for r in history] == [trainer.rates(4 * e + 3)[0] for e in range(5)]
 
 
+def test_a_loss_that_is_not_finite_names_the_rate_of_its_own_schedule() -> None:
+    class Poisoned(Batches):
+        def iterate(self, first: int, last: int) -> Any:
+            for step, (images, labels) in enumerate(super().iterate(first, last), first):
+                yield (images / 0 if step == 9 else images), labels
+
+    trainer = KDExplainerDistiller(small(), Poisoned(), SETTINGS)
+    with pytest.raises(TrainingDiverged, match=rf"step 10 of 20 .*learning rate {SETTINGS.lr:g}\)"):
+        trainer.fit()
+
+
 def interrupt_at(step: int) -> Any:
     count = [0]
 
@@ -393,7 +404,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Any, stop: int) -> 
         )
     torch.rand(11)
     resumed = small(**dropout)
-    found = train_kdexplainer(resumed, Batches(), SETTINGS, folder=tmp_path, **options)
+    found = train_kdexplainer(resumed, Batches(), SETTINGS, folder=str(tmp_path), **options)
     state = resumed.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
     assert found.tree == wanted.tree == whole.tree()
@@ -407,6 +418,25 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Any, stop: int) -> 
         train_kdexplainer(
             small(**dropout), Batches(), SETTINGS, folder=tmp_path, annealing=5.0, **options
         )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"entropy_temperature": 0.0}, ValueError),
+        ({"halve_every": 0}, ValueError),
+        ({"tree_settings": 3}, TypeError),
+        ({"reset": 1}, TypeError),
+    ],
+)
+def test_the_second_stage_s_options_are_checked_before_the_first(
+    wrong: dict[str, Any], kind: type[Exception]
+) -> None:
+    model = small()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(kind, match=next(iter(wrong))):
+        train_kdexplainer(model, Batches(), SETTINGS, **wrong)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_second_stage_starts_anew_or_goes_on() -> None:
@@ -482,12 +512,38 @@ def fixed() -> KDExplainer:
             ValueError,
             r"images: expected at least 4 pixels a side, got \[3, 8\]",
         ),
+        (
+            lambda: small()(torch.zeros(2, 3, 8, 8)),
+            ValueError,
+            r"images: expected \[n, 2, h, w\], got \[2, 3, 8, 8\]",
+        ),
+        (lambda: small(dropout=float("nan")), ValueError, r"dropout: expected a share in \[0, 1\)"),
         (lambda: small(head_std=-1), ValueError, "head_std: expected"),
         (lambda: small().attention_entropy(0), ValueError, "temperature: expected"),
         (
             lambda: KDExplainerDistiller(nn.Linear(2, 2), Batches(), SETTINGS),  # type: ignore[arg-type]
             TypeError,
             "student: expected a KDExplainer, got Linear",
+        ),
+        (
+            lambda: KDExplainerDistiller(small(), Batches(), SETTINGS, teacher="x"),
+            TypeError,
+            "teacher: expected a Module, got str",
+        ),
+        (
+            lambda: train_kdexplainer(small(), None, SETTINGS),  # type: ignore[arg-type]
+            TypeError,
+            "batches: expected an object with",
+        ),
+        (
+            lambda: train_kdexplainer(small(), Batches(), []),  # type: ignore[arg-type]
+            TypeError,
+            "settings: expected a TrainSettings, got list",
+        ),
+        (
+            lambda: train_kdexplainer(small(), Batches(), SETTINGS, tree_settings="x"),  # type: ignore[arg-type]
+            TypeError,
+            "tree_settings: expected a TrainSettings, got str",
         ),
         (
             lambda: KDExplainerDistiller(fixed(), Batches(), SETTINGS),

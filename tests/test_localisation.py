@@ -253,7 +253,6 @@ def test_grid_game_with_an_explainer() -> None:
             r"labels: expected 4 different classes in a grid, got \[3, 1, 0, 3\] in grid 1",
         ),
     ],
-    ids=str,
 )
 def test_grid_game_refuses(change: dict[str, Any], error: type[Exception], text: str) -> None:
     given: dict[str, Any] = {

@@ -14,6 +14,7 @@ from torch import nn
 
 import fastxkd
 from fastxkd.runs.models import (
+    check_normalisation,
     choose_layers,
     default_layers,
     last_spatial_layer,
@@ -399,3 +400,33 @@ def test_layers_that_do_not_pair(options, text):
     models = {"teacher": _Plain(), "base": small(), "student": small()}
     with pytest.raises(ValueError, match=text):
         choose_layers(models, torch.rand(2, 1, 28, 28), **options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "mean", "told"),
+    [
+        ("timm:x", None, (0.498,) * 3, True),
+        ("torchvision:x", None, (0.498,) * 3, True),
+        ("timm:x", {"mean": (0.5,) * 3, "std": (0.5,) * 3}, (0.498,) * 3, False),
+        ("timm:x", None, (0.485, 0.456, 0.406), True),  # the spread is another, still
+        ("timm:x", None, None, False),
+        ("cnn-small", None, (0.498,) * 3, False),
+        ("nets.py:x", None, (0.498,) * 3, False),
+    ],
+)
+def test_published_weights_on_images_of_another_mean_are_told_of(
+    tmp_path, caplog, spec, config, mean, told
+):
+    model = nn.Linear(1, 1)
+    if config:
+        model.pretrained_cfg = config
+    std = None if mean is None else (0.502,) * 3
+    check_normalisation("teacher", spec, model, tmp_path / "w.pth", mean, std)
+    assert ("teacher: images are normalised as fastxkd trains" in caplog.text) == told
+    assert ("--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225" in caplog.text) == told
+    # What a run of ours has trained it has trained with these.
+    caplog.clear()
+    check_normalisation("teacher", spec, model, None, mean, std)
+    (tmp_path / "run.json").write_text("{}")
+    check_normalisation("teacher", spec, model, tmp_path / "w.pth", mean, std)
+    assert not caplog.text

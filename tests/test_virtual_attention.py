@@ -155,6 +155,39 @@ def test_layers_by_name_and_module() -> None:
     assert set(model.attention()) == {"stage3.0.0", "stage2.1.0"}
 
 
+def test_layers_that_share_a_weight_are_left_alone() -> None:
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+    model[1].weight = model[0].weight
+    attending = VirtualAttention(model)
+    assert attending.layers == ["2"]
+    with torch.no_grad():
+        attending.attention_parameters()[0].normal_()
+    images = torch.randn(2, 8, 5, 5)
+    expected = attending(images)
+    torch.testing.assert_close(attending.fold()(images), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="layers: '1' shares its weight with another layer"):
+        VirtualAttention(model, layers="1")
+
+
+class Scaled(nn.Conv2d):
+    """A convolution with more to learn."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, 3)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.gain * super().forward(images)
+
+
+def test_a_convolution_s_own_parameters_keep_their_place() -> None:
+    model = nn.Sequential(Scaled())
+    keys = list(model.state_dict())
+    folded = VirtualAttention(model).fold()
+    assert keys == list(folded.state_dict()) == ["0.weight", "0.bias", "0.gain"]
+    assert type(folded[0]) is Scaled
+
+
 # --- training
 
 SETTINGS = TrainSettings(epochs=2, batch_size=8, lr=0.05, seed=4)

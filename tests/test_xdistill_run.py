@@ -106,7 +106,7 @@ def test_the_student_is_loaded_again_by_every_verb(place, capsys):
         {"fusion": "attend", "layers": "stage2,stage3"},
         {"fusion": "none"},
         {"fusion": "none", "match_weight": 1},
-        {"explainers": "layercam,input_x_gradient", "join": "concat"},
+        {"explainers": "cam,input_x_gradient", "join": "concat"},
         {"explainers": "gradcam,occlusion", "join": "mean", "first_weights": "random"},
     ],
 )
@@ -204,6 +204,13 @@ def test_medtex(place, capsys):
         ({"vid_weight": 1}, "vid_weight: belongs to --method medtex, the method is xdistill"),
         ({"fusion": "mask"}, "fusion: expected one of concat, gate, attend, feature, none, got"),
         ({"explainers": "lime"}, "explainers: expected some of gradcam"),
+        ({"explainers": "gradcam,gradcam"}, "explainers: expected different ones, got gradcam, gr"),
+        ({"explainers": "cam", "fusion": "feature"}, "explainers: cam asks for one head"),
+        (
+            {"explainers": "cam", "teacher_layers": "stage1", "layers": "stage1"},
+            "what the head takes",
+        ),
+        ({"explanations": __file__}, "is a file, expected a folder"),
         ({"phi_epochs": -1}, "phi_epochs: expected 0 or more, got -1"),
         ({"phi_lr": 0}, "phi_lr: expected a finite number above 0, got 0.0"),
         ({"sign": "both"}, "sign: expected one of absolute, positive, got 'both'"),

@@ -236,9 +236,107 @@ def test_a_widened_convolution_keeps_its_options():
     assert model.student[0].padding_mode == "reflect"
 
 
+class Padded(nn.Conv2d):
+    """A convolution that does more than one of torch's, as those with TensorFlow's padding do."""
+
+    def forward(self, images):
+        return super().forward(F.pad(images, (0, 1, 0, 1)))
+
+
+def wired(convolution: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+
+
+def test_a_widened_convolution_stays_the_module_it_was():
+    first, ran = Padded(2, 4, 3), []
+    first.register_forward_hook(lambda *_: ran.append(1))
+    inner = wired(first.requires_grad_(False)).eval()
+    images = torch.randn(2, 2, 12, 12)
+    before = inner(images)
+    ran.clear()
+    model = ExplainedStudent(inner, ExplanationAutoencoder(2, **PHI)).eval()
+    torch.testing.assert_close(model(images), before)
+    assert model.student[0] is first
+    assert ran == [1]
+    assert not first.weight.requires_grad
+    assert "Padded(3, 4" in repr(first)
+
+
+class Named(nn.Module):
+    """Calls its layer with a keyword, inside a checkpoint or not."""
+
+    def __init__(self, reentrant=None) -> None:
+        super().__init__()
+        self.first, self.layer, self.reentrant = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), reentrant
+
+    def forward(self, images):
+        features = self.first(images).relu()
+        if self.reentrant is None:
+            return self.layer(input=features).mean((2, 3))
+        run = torch.utils.checkpoint.checkpoint
+        return run(self.layer, features, use_reentrant=self.reentrant).mean((2, 3))
+
+
+def test_a_layer_that_attends_takes_keywords_and_refuses_a_second_run():
+    images = torch.randn(2, 1, 12, 12)
+    phi = ExplanationAutoencoder(1, **PHI)
+    model = ExplainedStudent(Named(), phi, fusion="attend", at="layer")
+    model(images).sum().backward()
+    assert phi.head.weight.grad.abs().sum() > 0
+    for reentrant in (True, False):
+        model = ExplainedStudent(Named(reentrant), phi, fusion="attend", at="layer")
+        with pytest.raises(RuntimeError, match="at: this layer is run again by a checkpoint"):
+            model(images).sum().backward()
+
+
+@pytest.mark.parametrize("fusion", ["gate", "mask"])
+def test_maps_of_16_bits_gate_in_32(fusion):
+    model, images = explained(fusion).eval(), torch.randn(2, 1, 12, 12)
+    maps = model.explain(images).bfloat16()
+    gate = maps.float() + (fusion == "gate")
+    torch.testing.assert_close(model._seen(images, maps), images * gate)
+    assert model.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_cam_finds_the_student_s_head_not_phi_s(fusion):
+    model, images = explained(fusion).eval(), torch.randn(3, 1, 12, 12)
+    if fusion == "feature":
+        nn.init.normal_(model.side.weight)
+        with pytest.raises(ValueError, match="is not the head's answer to this layer's mean"):
+            fastxkd.CAM(model, "student.stage4")(images)
+        return
+    named = fastxkd.CAM(model, "student.stage4", head=model.student.head[1])(images, 1)
+    assert torch.equal(fastxkd.CAM(model, "student.stage4")(images, 1), named)
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [
+        (lambda: explained("gate", classes=3), "classes: expected None with fusion='gate', got 3"),
+        (
+            lambda: ExplainedStudent(
+                classifier(), ExplanationAutoencoder(1), fusion="gate", maps=1
+            ),
+            "maps: expected None with fusion='gate', got 1",
+        ),
+        (
+            lambda: ExplainedStudent(wired(nn.Conv2d(2, 4, 3)), ExplanationAutoencoder(3)),
+            "student: its first convolution, '0', takes 2 channels, but phi 3",
+        ),
+        (
+            lambda: ExplainedStudent(
+                wired(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3))),
+                ExplanationAutoencoder(1),
+            ),
+            "student: its first convolution, '0', is parametrised",
+        ),
+        (
+            lambda: ExplanationAutoencoder(3)(torch.zeros(2, 1, 8, 8)),
+            r"images: expected \[n, 3, h, w\], got \[2, 1, 8, 8\]",
+        ),
         (lambda: ExplainedStudent(classifier()), "phi: expected a module with fusion='concat'"),
         (
             lambda: ExplainedStudent(classifier(), ExplanationAutoencoder(1), fusion="none"),
@@ -395,6 +493,19 @@ def test_a_frozen_phi_keeps_every_bit():
     assert joint[0]["loss"] != first.history[0]["loss"]
 
 
+def test_a_phi_that_came_frozen_is_not_trained():
+    student = explained()
+    student.freeze_phi()
+    before = {name: value.clone() for name, value in student.phi.state_dict().items()}
+    for options in ({}, {"freeze_phi": True}, {"phi_epochs": 0}):
+        with pytest.raises(ValueError, match="student: its phi is frozen, expected freeze_phi"):
+            make(student=student, **options)
+    make(student=student, freeze_phi=True, phi_epochs=0).fit()
+    assert all(torch.equal(before[name], value) for name, value in student.phi.state_dict().items())
+    assert student.phi_frozen
+    assert not any(p.requires_grad for p in student.phi.parameters())
+
+
 def test_without_phi_it_is_plain_distillation():
     guide = classifier(99)
     plain = Distiller(classifier(), Batches(0), SETTINGS, teacher=guide)
@@ -404,6 +515,33 @@ def test_without_phi_it_is_plain_distillation():
     assert [r["loss"] for r in ablation.fit()] == [r["loss"] for r in history]
     assert same_weights(ablation.student.student, plain.student)
     assert batches.asked == list(range(8))
+
+
+class Halved(nn.Module):
+    """A classifier of half the image, which it halves in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.inner, self.in_place = classifier(), in_place
+
+    def forward(self, images):
+        return self.inner(images.mul_(0.5) if self.in_place else images * 0.5)
+
+
+@pytest.mark.parametrize("fusion", [None, "none", "attend", "feature"])
+def test_a_student_that_works_in_place_takes_nothing_from_the_teacher(fusion):
+    losses = []
+    for in_place in (True, False):
+        student = Halved(in_place)
+        if fusion is None:
+            trainer = Distiller(student, Batches(0), SETTINGS, teacher=classifier(99))
+        else:
+            torch.manual_seed(5)
+            phi = None if fusion == "none" else ExplanationAutoencoder(1, **PHI)
+            at = "inner.stage4" if fusion == "attend" else None
+            trainer = make(student=ExplainedStudent(student, phi, fusion=fusion, at=at))
+        losses.append([record["loss"] for record in trainer.fit()])
+    assert losses[0] == losses[1]
 
 
 def test_without_stage_one_it_trains_jointly():
@@ -460,10 +598,28 @@ def test_the_students_own_map_is_matched(fusion):
         make(match_weight=1.0, match_layer="stage4")
 
 
+@pytest.mark.parametrize("trainer", [XDistiller, MedTEXDistiller])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"student": 3}, "student: expected an ExplainedStudent"),
+        ({"teacher": "x"}, "teacher: expected a Module, got str"),
+        ({"teacher": None}, "teacher: expected a Module, got NoneType"),
+        ({"settings": []}, "settings: expected a TrainSettings, got list"),
+        ({"batches": None}, r"batches: expected an object with __len__\(\) and .* got NoneType"),
+    ],
+)
+def test_arguments_of_another_kind(trainer, wrong, text):
+    given = {"student": explained("mask"), "batches": Batches(), "settings": SETTINGS}
+    with pytest.raises(TypeError, match=text):
+        trainer(**{**given, "teacher": classifier(99), **wrong})
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
         ({"student": classifier()}, TypeError, "student: expected an ExplainedStudent"),
+        ({"teacher": None}, TypeError, "teacher: expected a Module, got NoneType"),
         ({"phi_epochs": -1}, ValueError, "phi_epochs: expected 0 or more, got -1"),
         ({"explanation_weight": -1.0}, ValueError, "explanation_weight: expected a finite"),
         ({"phi_lr": 0.0}, ValueError, "phi_lr: expected a finite number above 0"),
@@ -538,6 +694,13 @@ def test_sparsity_closes_the_mask():
 def test_medtex_names_what_is_missing():
     with pytest.raises(ValueError, match=r"layers of the student: .* no layer named 'stage9'"):
         medtex(layers=[("stage9", "stage2")])
+    for layers in (["stage2"], [("student.stage2", "stage2", "stage3")], [(1, 2)]):
+        with pytest.raises(ValueError, match="layers: expected pairs of names"):
+            medtex(layers=layers)
+    with pytest.raises(TypeError, match="teacher: expected a Module, got NoneType"):
+        medtex(teacher=None)
+    with pytest.raises(TypeError, match="vid_options: expected a dict, got int"):
+        medtex(vid_options=3)
     with pytest.raises(TypeError, match="student: expected an ExplainedStudent with a phi"):
         MedTEXDistiller(explained("none"), Batches(0), SETTINGS, teacher=classifier(9))
 
@@ -568,6 +731,18 @@ def test_explanations_are_those_of_the_explainers():
     assert mean.maps == 1
 
 
+def test_the_teacher_sees_no_more_than_a_batch_at_once():
+    guide, images, seen = classifier(99), torch.randn(9, 1, 12, 12), []
+    guide.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    names = ["gradcam", "eigencam", "scorecam", "input_x_gradient", "gradient_shap", "occlusion"]
+    found = []
+    for size in (4, 1000):
+        explain = TeacherExplanations(guide, names, target_layers="stage4", batch_size=size)
+        found.append(explain(images))
+        assert (max(seen) <= 4) == (size == 4)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_shap_draws_the_same_for_the_same_draw():
     # Without noise this network's gradient is the same all the way to an image of zeros.
     noisy = {"gradient_shap": {"samples": 2, "noise": 0.3}}
@@ -589,11 +764,29 @@ def test_gradient_shap_draws_the_same_for_the_same_draw():
             {"explainers": "occlusion", "options": {"gradcam": {}}},
             "options: 'gradcam' is not one of the explainers",
         ),
+        (
+            {"explainers": "occlusion", "options": {"occlusion": {"size": 3}}},
+            "options: occlusion takes window, stride, baseline, batch_size, got 'size'",
+        ),
+        (
+            {"explainers": "gradient_shap", "options": {"gradient_shap": {"generator": None}}},
+            "options: gradient_shap takes baselines, samples, noise, batch_size, got 'generator'",
+        ),
     ],
 )
 def test_explanations_that_cannot_be_made(options, text):
     with pytest.raises(ValueError, match=text):
         TeacherExplanations(classifier(99), **options)
+
+
+def test_a_batch_size_of_an_explainer_s_own():
+    for name in ("gradcam", "occlusion"):
+        options = {name: {"batch_size": 2}}
+        explain = TeacherExplanations(classifier(9), name, target_layers="stage4", options=options)
+        assert explain(torch.randn(3, 1, 12, 12)).shape == (3, 1, 12, 12)
+    for wrong in ({"options": 3}, {"options": {"gradcam": 3}}, {"seed": 0.5}, {"explainers": 3}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            TeacherExplanations(classifier(9), **{"target_layers": "stage4", **wrong})
 
 
 def test_amp_trains_both_in_bfloat16():

@@ -48,7 +48,7 @@ class CAM(Explainer):
         model, reshape_transform, batch_size: as in :class:`GradCAM`.
         target_layers: the one layer in front of the mean.
         head: name or module of the linear layer (or 1 x 1 convolution); None takes the model's
-            last one.
+            last one that has the layer's channels on one side and the classes on the other.
 
     Raises:
         ValueError: a head that does not fit the layer, or a model whose output is not the head's
@@ -79,13 +79,13 @@ class CAM(Explainer):
             heads = [module for module in model.modules() if _is_head(module)]
             if not heads:
                 raise ValueError(f"head: {type(model).__name__} has no linear layer")
-            self.head: Any = heads[-1]
+            self.heads: list[Any] = heads
         else:
-            (self.head,) = resolve_layers(model, head, "head").values()
-            if not _is_head(self.head):
+            self.heads = [*resolve_layers(model, head, "head").values()]
+            if not _is_head(self.heads[-1]):
                 raise ValueError(
                     "head: expected a Linear or a 1 x 1 convolution,"
-                    f" got {type(self.head).__name__}"
+                    f" got {type(self.heads[-1]).__name__}"
                 )
 
     def _explain(
@@ -93,8 +93,9 @@ class CAM(Explainer):
     ) -> Signals:
         result, activations = self._forward(inputs, cut=False)
         (maps,) = self._spatial(activations, inputs)
-        weight = self.head.weight.flatten(1)  # [classes, channels]
-        self._check(result, maps, weight)
+        head = self._head(result, maps)
+        weight = head.weight.flatten(1)  # [classes, channels]
+        self._check(result, maps, weight, head.bias)
         # The score's gradient on the logits, one-hot for a class, turns weights of classes into
         # weights of channels.
         logits = result if differentiable and result.requires_grad else result.detach()
@@ -105,7 +106,14 @@ class CAM(Explainer):
         return Signals(result.detach() if not differentiable else result, [maps],
                        [slope.to(weight.dtype) @ weight], "weights")  # fmt: skip
 
-    def _check(self, result: Any, maps: Tensor, weight: Tensor) -> None:
+    def _head(self, result: Any, maps: Tensor) -> Any:
+        if isinstance(result, Tensor) and maps.dim() > 3:
+            sides = (result.shape[-1], maps.shape[1])
+            fitting = [head for head in self.heads if head.weight.shape[:2] == sides]
+            return [*self.heads, *fitting][-1]
+        return self.heads[-1]
+
+    def _check(self, result: Any, maps: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         name = next(iter(self.target_layers))
         if maps.dim() < 4 or maps.shape[1] != weight.shape[1]:
             raise ValueError(
@@ -113,9 +121,9 @@ class CAM(Explainer):
                 f" takes, got {list(maps.shape)}"
             )
         with torch.no_grad():
-            bias = 0 if self.head.bias is None else self.head.bias.double()
+            shift = 0 if bias is None else bias.double()
             mean, weight = maps.detach().flatten(2).double().mean(2), weight.double()
-            expected = mean @ weight.T + bias
+            expected = mean @ weight.T + shift
             fits = isinstance(result, Tensor) and result.shape == expected.shape
             finite = expected.isfinite().all(1)
             if fits:  # by the images that are finite
@@ -124,7 +132,7 @@ class CAM(Explainer):
                 mean, expected, result = mean[finite], expected[finite], result[finite]
                 # No class hides the others: of each, no more than its own weights can round, and
                 # without the bias that masks it.
-                size = (expected - bias).abs().amax().minimum(mean.abs() @ weight.abs().T)
+                size = (expected - shift).abs().amax().minimum(mean.abs() @ weight.abs().T)
                 reach = 0.05 * (size + expected.abs())
                 fits = bool(((result.double() - expected).abs() <= reach).all())
             if not fits:

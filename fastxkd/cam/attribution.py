@@ -1,7 +1,7 @@
 """Attributions to pixels: gradients at an image or on the way to it, and what hiding a patch costs.
 
 Each is of a class's logit, in eval mode, without a trace on the model: no ``.grad``, flags as
-they were.
+they were. The images stay as they were as well, also where the model works in place.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ SIGNS = ("absolute", "positive")
 Model = Callable[[Tensor], Any]
 
 
-def input_x_gradient(model: Model, images: Tensor, targets: Any = None) -> Tensor:
+def input_x_gradient(
+    model: Model, images: Tensor, targets: Any = None, *, batch_size: int = 64
+) -> Tensor:
     r"""Input times gradient (Shrikumar et al. 2016): :math:`x \cdot \partial z_c / \partial x`.
 
     Args:
@@ -49,6 +51,7 @@ def input_x_gradient(model: Model, images: Tensor, targets: Any = None) -> Tenso
         images: ``[n, channels, height, width]`` with n > 0.
         targets: as for :class:`GradCAM`: None (arg-max of each image) | int | list of int |
             int64 ``[n]`` | a callable on a row of the output, or a list of them.
+        batch_size: how many images run at once.
 
     Returns:
         ``[n, channels, height, width]``, float32, float64 for float64 images. No gradient.
@@ -62,8 +65,10 @@ def input_x_gradient(model: Model, images: Tensor, targets: Any = None) -> Tenso
     >>> torch.equal(input_x_gradient(model, images, 1).flatten(), model[1].weight[1])
     True
     """
+    check_counts(batch_size=batch_size)
     with _asked(model, images) as images:
-        return _gradients(model, images, _resolved(model, images, targets)).mul_(images)
+        resolved = _resolved(model, images, targets, batch_size)
+        return _gradients(model, images, resolved, batch_size).mul_(images)
 
 
 def integrated_gradients(
@@ -98,7 +103,7 @@ def integrated_gradients(
     """
     check_counts(steps=steps, batch_size=batch_size)
     with _asked(model, images) as images:
-        resolved = _resolved(model, images, targets)
+        resolved = _resolved(model, images, targets, batch_size)
         start = _like(images, baseline)
         way = images - start
         nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -107,7 +112,7 @@ def integrated_gradients(
             share = torch.tensor((nodes[first:last] + 1) / 2).to(images)
             weight = torch.tensor(weights[first:last] / 2).to(total)
             points = (start + share.view(-1, 1, 1, 1, 1) * way).flatten(0, 1)
-            found = _gradients(model, points, _repeated(resolved, last - first))
+            found = _gradients(model, points, _repeated(resolved, last - first), batch_size)
             total += torch.einsum("s,snchw->nchw", weight, found.unflatten(0, (last - first, -1)))
         return total.mul_(way)
 
@@ -150,7 +155,7 @@ def gradient_shap(
     check_factors(noise=noise)
     check_generator(generator)
     with _asked(model, images) as images:
-        resolved = _resolved(model, images, targets)
+        resolved = _resolved(model, images, targets, batch_size)
         rows = _baselines(images, baselines)
         n, total = len(images), torch.zeros_like(images, dtype=exact_dtype(images))
         for first, last in _runs(samples, n, batch_size):
@@ -161,7 +166,8 @@ def gradient_shap(
             start = rows[row.to(images.device)]
             way = images + shift.to(images.device) - start
             points = start + share.to(images).view(count, n, 1, 1, 1) * way
-            found = _gradients(model, points.flatten(0, 1), _repeated(resolved, count))
+            points = points.flatten(0, 1)
+            found = _gradients(model, points, _repeated(resolved, count), batch_size)
             total += (found.view_as(way) * way).sum(0)
         return total.div_(samples)
 
@@ -202,7 +208,7 @@ def occlusion(
         raise ValueError(f"stride: expected at most the window, {window}, got {stride}")
     with _asked(model, images) as images, torch.no_grad():
         n, (height, width) = len(images), images.shape[2:]
-        output = model(images)
+        output = _output(model, images, batch_size)
         resolved = resolve_targets(output, targets, n)
         everyone = torch.arange(n, device=images.device)
         exact = exact_dtype(images)
@@ -216,7 +222,13 @@ def occlusion(
             inside_x = _within(places[first:last] % across * stride, window, width)
             hidden = (inside_y[:, :, None] & inside_x[:, None, :])[:, None, None]
             altered = torch.where(hidden, hidden_by, images).flatten(0, 1)
-            left = row_scores(model(altered), resolved, everyone.repeat(last - first))
+            whose = everyone.repeat(last - first).split(batch_size)
+            left = torch.cat(
+                [
+                    row_scores(model(part), resolved, of)
+                    for part, of in zip(altered.split(batch_size), whose, strict=True)
+                ]
+            )
             drops.append(full - left.to(exact).view(-1, n))
         grid = torch.cat(drops).T.reshape(n, 1, down, across)
         square = torch.ones(1, 1, window, window, dtype=exact, device=images.device)
@@ -267,15 +279,29 @@ def _asked(model: Model, images: Any) -> Iterator[Tensor]:
             yield images
 
 
-def _resolved(model: Model, images: Tensor, targets: Any) -> Resolved:
+def _resolved(model: Model, images: Tensor, targets: Any, batch_size: int) -> Resolved:
     with torch.no_grad():
-        return resolve_targets(model(images), targets, len(images))
+        return resolve_targets(_output(model, images, batch_size), targets, len(images))
 
 
-def _gradients(model: Model, points: Tensor, targets: Resolved) -> Tensor:
+def _output(model: Model, images: Tensor, batch_size: int) -> Any:
+    # Copies, which the model may change as it likes.
+    parts = [model(part.clone()) for part in images.split(batch_size)]
+    if len(parts) > 1 and all(isinstance(part, Tensor) and part.dim() for part in parts):
+        return torch.cat(parts)
+    return parts[0]
+
+
+def _gradients(model: Model, points: Tensor, targets: Resolved, batch_size: int) -> Tensor:
+    wanted = [targets[i : i + batch_size] for i in range(0, len(points), batch_size)]
+    parts = zip(points.split(batch_size), wanted, strict=True)
+    return torch.cat([_gradient(model, part, given) for part, given in parts])
+
+
+def _gradient(model: Model, points: Tensor, targets: Resolved) -> Tensor:
     start = points.detach().requires_grad_(True)
     with torch.enable_grad():
-        score = class_score(model(start), targets, None, len(start))
+        score = class_score(model(start.clone()), targets, None, len(start))
     found = None
     if score.requires_grad:
         (found,) = torch.autograd.grad(score, start, allow_unused=True)

@@ -170,7 +170,7 @@ class Tap:
     def _begin(
         self, _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any] | None = None
     ) -> None:
-        if not self.listens() or _in_backward():
+        if not self.listens() or in_backward():
             return
         self._running = True
         self.parts.clear()
@@ -190,7 +190,7 @@ class Tap:
             output = (output.clone() if output.is_inference() else output).detach()
             output.requires_grad_(True)
         # The model gets a copy: an in-place operation further on must not reach what is kept.
-        if _in_backward():  # a checkpoint runs once more what has been kept
+        if in_backward():  # a checkpoint runs once more what has been kept
             return output.clone()
         if self.one_pass and self._running and name in self.parts and not replica:
             warnings.warn(
@@ -414,7 +414,7 @@ def _depth() -> int:
     return getattr(_passes, "depth", 0)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 

@@ -36,7 +36,7 @@ class Scorer:
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
         check_choice("score", score, SCORES)
         self.model, self.score, self.n = model, score, images.shape[0]
-        answers = self._answers(images)
+        answers = self._answers(images.clone())  # which a model may change as it likes
         self.targets = resolve_targets(answers, targets, self.n)
         self.full = self._pick(answers[None])[0]
 

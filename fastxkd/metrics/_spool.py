@@ -27,6 +27,8 @@ class Spool:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"spool: expected a folder, got {type(folder).__name__}")
         if not Path(folder).is_dir():
             raise ValueError(f"spool: expected a folder, got {os.fspath(folder)}")
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed at the end)
@@ -52,4 +54,7 @@ class Spool:
             self._file.seek(start)
             # What was written is there: the file is nobody else's.
             start += self._file.readinto(content)  # type: ignore[attr-defined]
-            yield torch.frombuffer(content, dtype=dtype).reshape(shape)
+            found = (
+                torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            )
+            yield found.reshape(shape)

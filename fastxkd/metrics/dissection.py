@@ -25,7 +25,7 @@ from fastxkd.metrics.unit_thresholds import (
     unit_thresholds,
 )
 from fastxkd.ops._checks import check_choice, check_number
-from fastxkd.ops.concepts import REPEATS, concept_tally, label_areas
+from fastxkd.ops.concepts import REPEATS, concept_tally, label_areas, refuse_unknown
 
 Repeats = Literal["each", "once"]
 
@@ -76,37 +76,34 @@ class DissectionTally:
 
         Args:
             activations: ``[n, U, h, w]``.
-            masks: ``[n, M, H, W]``: numbers of labels in M layers (0 or more), 0: none. H and W
-                are what maps are up-sampled to, the same in all batches.
-            labels: ``[n, S]``: labels of whole images, filled up with 0.
+            masks: ``[n, M, H, W]``, uint8, int16 or int32: numbers of labels in M layers (0 or
+                more), 0: none. H and W are what maps are up-sampled to, the same in all batches.
+            labels: ``[n, S]``, integers: labels of whole images, filled up with 0.
 
         Raises:
             ValueError: other units, sizes or labels than there are.
         """
         check_activations(activations)
-        if not isinstance(masks, Tensor) or masks.dim() != 4 or len(masks) != len(activations):
-            got = list(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
-            raise ValueError(f"masks: expected [{len(activations)}, layers, H, W], got {got}")
-        if labels is not None and not isinstance(labels, Tensor):
-            raise TypeError(f"labels: expected a Tensor or None, got {type(labels).__name__}")
+        _check_seen(masks, labels, len(activations))
         size = (masks.shape[2], masks.shape[3])
         if self._images and size != self._size:
             raise ValueError(f"masks: expected {self._size} as in the batches before, got {size}")
         device = self.thresholds.device
-        masks = masks.to(device)
-        labels = None if labels is None else labels.to(device)
+        there = masks.to(device), None if labels is None else labels.to(device)
         found = concept_tally(
             activations.to(device),
             self.thresholds,
-            masks,
-            labels,
+            *there,
             self._categories,
             category_count=len(self.concepts.categories),
             repeats=self._repeats,
         )
+        if device.type != "cpu":  # kernels on others pass over labels that are none
+            none = masks.new_zeros(len(masks), 0)
+            refuse_unknown(masks, none if labels is None else labels, len(self.concepts))
         self._intersections += found.intersections
         self._areas += found.areas
-        self._label_areas += label_areas(masks, labels, len(self.concepts), repeats=self._repeats)
+        self._label_areas += label_areas(*there, len(self.concepts), repeats=self._repeats)
         self._images, self._size = self._images + len(masks), size
 
     def compute(self) -> Dissection:
@@ -185,8 +182,8 @@ class NetworkDissection:
         repeats: a label that a pixel has in two layers of masks counts ``"each"`` time, as in the
             published code, or ``"once"``, as "pixels with the label" reads; an interpretation.
         spool: None: the model runs over the data three or four times, the last one for the tally;
-            a folder: once, and the activations wait on the disk, in a file that goes with the
-            process. Memory does not grow with the number of images either way.
+            a folder: once, and activations, masks and labels wait on the disk, in files that go
+            with the process. Memory does not grow with the number of images either way.
         reshape_transform: as in :class:`fastxkd.GradCAM`.
         device: where images go; None: where the model's weights are.
 
@@ -237,9 +234,7 @@ class NetworkDissection:
         Raises:
             ValueError: the layer is not reached, or gives no maps.
         """
-        if not isinstance(images, Tensor) or images.dim() != 4:
-            got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images: expected [n, channels, H, W], got {got}")
+        _check_images(images)
         images = images.to(self.device)
         with (
             torch.no_grad(),
@@ -273,43 +268,83 @@ class NetworkDissection:
 
         Args:
             batches: ``(images, masks)`` or ``(images, masks, labels)``, as in
-                :meth:`DissectionTally.update`; something that can be iterated several times and
-                is the same every time, such as a list or a DataLoader that does not shuffle.
+                :meth:`DissectionTally.update`. With a spool anything that can be iterated once;
+                without, something that gives the same images every time it is iterated, in
+                whatever order, such as a list or a DataLoader.
 
         Raises:
-            ValueError: a one-way iterator, batches that change, or that do not fit together.
+            ValueError: no batches, a one-way iterator without a spool, images that change from one
+                time to the next, or batches that do not fit together.
         """
-        if iter(batches) is batches:
-            raise ValueError(
-                "batches: expected a list, a DataLoader or the like, which can be iterated several"
-                f" times, got a {type(batches).__name__}"
+        if self.spool is None:
+            if isinstance(batches, Iterator):
+                raise ValueError(
+                    "batches: expected a list, a DataLoader or the like, which can be iterated"
+                    f" several times, got a {type(batches).__name__}; with a spool once is enough"
+                )
+            return self._dissected(
+                lambda: (self.activations(images) for images, _, _ in _parts(batches)),
+                ((self.activations(images), *seen) for images, *seen in _parts(batches)),
             )
         with ExitStack() as stack:
-            spool = None
-            if self.spool is not None:
-                spool = stack.enter_context(Spool(self.spool))
-                for images, *_ in batches:
-                    spool.add(self.activations(images))
-
-            def answers() -> Iterator[Tensor]:
-                if spool is None:
-                    return (self.activations(images) for images, *_ in batches)
-                return (batch.to(self.device) for batch in spool)
-
-            thresholds = unit_thresholds(answers, self.q, quantile=self.quantile)
-            tally = DissectionTally(
-                thresholds,
-                self.concepts,
-                iou_threshold=self.iou_threshold,
-                repeats=self.repeats,
+            # Masks and labels wait as well: data that is shuffled or augmented comes only once in
+            # the order, and the shape, that the activations are of.
+            found, masks, labels = (stack.enter_context(Spool(self.spool)) for _ in range(3))
+            for images, *seen in _parts(batches):
+                parts = (self.activations(images), *seen)
+                for spool, part in zip((found, masks, labels), parts, strict=True):
+                    spool.add(part)
+            return self._dissected(
+                lambda: (batch.to(self.device) for batch in found),
+                zip(found, masks, labels, strict=True),
             )
-            stored = None if spool is None else answers()
-            for images, masks, *labels in batches:
-                found = self.activations(images) if stored is None else next(stored, None)
-                if found is None or len(found) != len(masks):
-                    raise ValueError("batches: expected the same every time they are iterated")
-                tally.update(found, masks, *labels)
+
+    def _dissected(
+        self,
+        activations: Callable[[], Iterable[Tensor]],
+        batches: Iterable[Iterable[Tensor]],
+    ) -> Dissection:
+        tally = DissectionTally(
+            unit_thresholds(activations, self.q, quantile=self.quantile),
+            self.concepts,
+            iou_threshold=self.iou_threshold,
+            repeats=self.repeats,
+        )
+        for batch in batches:
+            tally.update(*batch)
         return tally.compute()
+
+
+def _parts(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images, masks and labels, of which there may be none, of every batch."""
+    some = False
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            got = f"{len(batch)} of them" if isinstance(batch, (tuple, list)) else type(batch)
+            raise ValueError(
+                f"batches: expected (images, masks) or (images, masks, labels), got {got}"
+            )
+        images, masks, labels = (*batch, None)[:3]
+        _check_images(images)
+        _check_seen(masks, labels, len(images))
+        some = True
+        yield images, masks, torch.zeros(len(images), 0).long() if labels is None else labels
+    if not some:
+        raise ValueError("batches: expected at least one, got none")
+
+
+def _check_images(images: object) -> None:
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: expected [n, channels, H, W], got {got}")
+
+
+def _check_seen(masks: object, labels: object, images: int) -> None:
+    if not isinstance(masks, Tensor) or masks.dim() != 4 or len(masks) != images:
+        got = list(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
+        raise ValueError(f"masks: expected [{images}, layers, H, W], got {got}")
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a Tensor or None, got {type(labels).__name__}")
 
 
 def check_threshold(iou_threshold: float) -> None:

@@ -18,7 +18,7 @@ from fastxkd.metrics.agreement import (
     top_agreement,
 )
 from fastxkd.metrics.perturbation import deletion_curve, insertion_curve
-from fastxkd.ops._checks import check_flags, check_logits
+from fastxkd.ops._checks import check_counts, check_flags, check_logits
 
 __all__ = ["ExplanationFidelity", "explanation_fidelity"]
 
@@ -79,7 +79,7 @@ def explanation_fidelity(
             ``[n, h, w]`` in [0, 1], the same explainer on either model:
             ``fastxkd.GradCAM(student, "layer4")``.
         fractions: of the most relevant pixels, for the intersection over union.
-        ssim_window: of SSIM; made smaller, and odd, where a map has fewer pixels on a side.
+        ssim_window: of SSIM, odd; made smaller where a map has fewer pixels on a side.
         curves: deletion and insertion of the student's maps on the *teacher*: whether what the
             student points at is what the teacher needs.
         steps: of these curves, see :func:`deletion_curve`.
@@ -100,6 +100,9 @@ def explanation_fidelity(
     """
     check_images(images)
     check_flags(curves=curves)
+    check_counts(ssim_window=ssim_window)
+    if ssim_window % 2 == 0:
+        raise ValueError(f"ssim_window: expected an odd number of pixels, got {ssim_window}")
     if not isinstance(fractions, (tuple, list)):
         raise TypeError(
             f"fractions: expected a sequence of numbers, got {type(fractions).__name__}"
@@ -122,7 +125,7 @@ def explanation_fidelity(
         )
     targets = answers["teacher"].argmax(1)
     maps, guide = (
-        explain(images, targets=targets) for explain in (explain_student, explain_teacher)
+        explain(images.clone(), targets=targets) for explain in (explain_student, explain_teacher)
     )
     check_maps_of(images, maps, "explain_student")
     check_maps_of(images, guide, "explain_teacher")
@@ -168,9 +171,9 @@ def _answers(model: Any, images: Tensor, name: str) -> Tensor:
     with torch.no_grad():
         if isinstance(model, nn.Module):
             with evaluating(model):
-                logits = model(images)
+                logits = model(images.clone())  # which a model may change as it likes
         else:
-            logits = model(images)
+            logits = model(images.clone())
     check_logits(name, logits, images)
     return logits.double()
 

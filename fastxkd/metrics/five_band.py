@@ -29,7 +29,7 @@ class FiveBandScores(NamedTuple):
 def five_bands(values: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tensor:
     r"""Bands of values in [-1, 1]: how many thresholds lie below a value, minus 2.
 
-    A value on a threshold belongs to the band below it.
+    A value on a threshold, rounded to the values' dtype, belongs to the band below it.
 
     Args:
         values: any shape.
@@ -43,7 +43,7 @@ def five_bands(values: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> Tens
     tensor([-2, -1,  0,  1,  2], dtype=torch.int8)
     """
     check_float("values", values)
-    return _bands(values.detach().double(), check_thresholds(thresholds))
+    return _bands(values.detach(), check_thresholds(thresholds))
 
 
 def five_band_score(
@@ -139,7 +139,7 @@ def check_soft_options(delta: float, steps: int, thresholds: Sequence[float]) ->
     check_counts(steps=steps)
     check_number("delta", delta)
     least = min(abs(t) for t in check_thresholds(thresholds))
-    if not delta >= 0 or (steps - 1) * delta >= least:
+    if not delta >= 0 or (steps > 1 and (steps - 1) * delta >= least):
         raise ValueError(
             f"delta: expected at least 0 and {steps - 1} times less than the threshold {least:g},"
             f" got {delta}"
@@ -173,7 +173,7 @@ def _scores(
 ) -> FiveBandScores:
     check_score_options(thresholds[0], truth_thresholds, scaling)
     heat = _heat(attributions, truth, scaling)
-    wanted = _bands(truth.detach().double(), truth_thresholds)
+    wanted = _bands(truth.detach(), truth_thresholds)
     there = wanted != 0
     rows = []
     for step in thresholds:
@@ -211,11 +211,11 @@ def _heat(attributions: Any, truth: Any, scaling: str) -> Tensor:
         raise ValueError(
             f"truth: expected the device of attributions, {attributions.device}, got {truth.device}"
         )
-    # In float64: a value may lie on a threshold.
+    # Rounded once, at the end: 3 / 10 then lies on the threshold 0.3, in whatever dtype.
     heat = attributions.detach().double()
     if heat.dim() == 4:
         heat = (_scaled(heat) if scaling == "before_sum" else heat).sum(1)
-    return _scaled(heat)
+    return _scaled(heat).to(attributions.dtype)
 
 
 def _scaled(heat: Tensor) -> Tensor:
@@ -226,5 +226,5 @@ def _scaled(heat: Tensor) -> Tensor:
 def _bands(values: Tensor, thresholds: Sequence[float]) -> Tensor:
     bands = torch.full(values.shape, -2, dtype=torch.int8, device=values.device)
     for threshold in thresholds:
-        bands += values > threshold
+        bands += values > values.new_full((), float(threshold))
     return bands

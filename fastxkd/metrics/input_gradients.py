@@ -81,12 +81,15 @@ def input_gradients(
         elif labels.is_inference():
             labels = labels.clone()
         check_classes(labels, logits.shape[1])
-        scores = logits.to(exact_dtype(logits))
-        if of == "loss":
-            total = F.cross_entropy(scores, labels, reduction="sum")
+        scores, place = logits.double(), labels[:, None]
+        own = scores.gather(1, place)[:, 0]
+        if of == "logit":
+            total = own.sum()
         else:
-            scores = scores.softmax(1) if of == "probability" else scores
-            total = scores.gather(1, labels[:, None]).sum()
+            # Probabilities of a model that is sure round to 1, and their slope to 0. What the
+            # other classes have against the label's logit does not, so: -log p and p - 1 of that.
+            against = scores.scatter(1, place, -torch.inf).logsumexp(1) - own
+            total = (F.softplus(against) if of == "loss" else -against.sigmoid()).sum()
         gradient = None
         if total.requires_grad:
             (gradient,) = torch.autograd.grad(total, start, allow_unused=True)
@@ -256,7 +259,11 @@ def ranked_pixels(
 ) -> Tensor:
     """Ranks of the pixels of images by their input gradients, int64 ``[n, h, w]``, 0 the first.
 
-    A gradient of 0 in every pixel, as of a saturated loss in float32, ranks them in reading order.
+    Of equal pixels the first in reading order comes first, so that a gradient of 0 in every pixel
+    ranks them in that order.
+
+    Raises:
+        ValueError: NaN in a gradient, as of damaged weights: it has no order.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2, bias=False))
@@ -265,5 +272,8 @@ def ranked_pixels(
     tensor([[[1, 0]]])
     """
     check_gradient_options(of, channels)
-    gradients = input_gradients(model, images, labels, of=of)
-    return pixel_order(gradient_maps(gradients, channels=channels))
+    maps = gradient_maps(input_gradients(model, images, labels, of=of), channels=channels)
+    broken = int(maps.isnan().flatten(1).any(1).sum())
+    if broken:
+        raise ValueError(f"model: expected gradients that are numbers, got NaN in {broken} images")
+    return pixel_order(maps)

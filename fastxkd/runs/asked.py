@@ -27,9 +27,8 @@ from fastxkd.runs.chunks import Array
 from fastxkd.runs.cnn import BUILTIN_MODELS
 from fastxkd.runs.data import why
 from fastxkd.runs.layers import last_spatial_layer
-from fastxkd.runs.layout import RUN
 from fastxkd.runs.methods import dtype_of
-from fastxkd.runs.models import check_weights, load_model
+from fastxkd.runs.models import check_normalisation, check_weights, load_model
 from fastxkd.runs.ranks import Ranks
 from fastxkd.runs.sources import Source
 from fastxkd.train._watch import logits_of
@@ -38,9 +37,6 @@ from fastxkd.train.distiller import fingerprint
 Dtype = Literal["float16", "float32", "uint8"]
 Names = Sequence[str] | str | None
 _log = logging.getLogger("fastxkd")
-# What these train with, where a model does not say.
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_PUBLISHED = {"timm": _IMAGENET, "torchvision": _IMAGENET}
 File = str | os.PathLike[str]
 
 
@@ -152,39 +148,10 @@ def make_model(
             f"{role}: {len(broken)} of its weights are not finite, {many:,} numbers of {name_of!r};"
             " every map would be noise"
         )
+    if source.settings.mean is None and source.settings.std is None:
+        check_normalisation(role, name, module, weights, source.mean, source.std)
     settings = {"name": name, "weights": fingerprint(module.state_dict())}
     return Model(module.to(device), settings, file)
-
-
-def check_normalisation(model: Model, source: Source, weights: File | None) -> None:
-    """Say so where weights were most likely trained on images with another mean and spread.
-
-    Weights in a run's folder (of ``fastxkd distill``) are taken to be used as they were trained.
-    """
-    library = model.settings["name"].partition(":")[0]
-    if weights is None or library not in _PUBLISHED or source.mean is None or source.std is None:
-        return
-    if source.settings.mean is not None or source.settings.std is not None:
-        return
-    if (Path(weights).expanduser().parent / RUN).exists():
-        return
-    config = getattr(model.module, "pretrained_cfg", None) or {}
-    mean, std = (tuple(config.get(k, v)) for k, v in _PUBLISHED[library].items())
-    pairs = [*zip(source.mean, mean, strict=False), *zip(source.std, std, strict=False)]
-    if all(abs(own - published) < 0.01 for own, published in pairs):
-        return
-    wanted = " ".join(
-        f"--{name} {','.join(f'{x:g}' for x in values)}"
-        for name, values in (("mean", mean), ("std", std))
-    )
-    _log.warning(
-        "mean, std: images are normalised as fastxkd trains (%.3f, %.3f); weights that %s publishes"
-        " are made for %s",
-        source.mean[0],
-        source.std[0],
-        library,
-        wanted,
-    )
 
 
 def _sha256(file: Any) -> str:

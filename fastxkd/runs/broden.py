@@ -22,13 +22,15 @@ import numpy as np
 from torch import Tensor
 
 from fastxkd.metrics.concept_scores import Concepts
-from fastxkd.runs.concept_data import MOST_LABELS, ConceptSource, stacked
+from fastxkd.runs.concept_data import MOST_LABELS, ConceptSource, is_number, stacked
 from fastxkd.runs.folders import _inside
 from fastxkd.runs.names import Names, printable
 from fastxkd.runs.sources import Settings
 
 INDEX, LABELS, CATEGORIES = "index.csv", "label.csv", "category.csv"
 _FIXED = ("image", "split", "ih", "iw", "sh", "sw")
+# As spreadsheets write it: with a mark in front, or without.
+_ENCODING = "utf-8-sig"
 # Between the fields of a row that is kept as one name.
 _MARK = "\0"
 
@@ -73,13 +75,12 @@ class BrodenSource(ConceptSource):
         for field in fields:
             items = [item.strip() for item in field.split(";") if item.strip()]
             if all(item.isdecimal() for item in items):
-                self._check_labels([int(item) for item in items], place)
-                labels += map(int, items)
+                labels += self._labels_in(items, place)
                 continue
             for item in items:
                 if item.isdecimal():  # beside masks of its category: a label of every pixel
-                    self._check_labels([int(item)], place)
-                    masks.append(np.full(self.mask_size, int(item), np.int32))
+                    (label,) = self._labels_in([item], place)
+                    masks.append(np.full(self.mask_size, label, np.int32))
                 else:
                     masks.append(self._mask(self._file(item, place), f"{place}: {item}"))
         return stacked(masks, self.mask_size), labels
@@ -204,12 +205,7 @@ def _labels(root: Path, categories: list[str]) -> Concepts:
             label = _number(path, number, row["number"])
             if label not in names:
                 raise ValueError(f"data: {path} row {number}: label {label} is not in {LABELS}")
-            try:
-                coverage = float(row["coverage"])
-            except ValueError:
-                raise ValueError(
-                    f"data: {path} row {number}: coverage is {row['coverage']!r}, expected a number"
-                ) from None
+            coverage = _coverage(path, number, row["coverage"])
             best[label] = max(best.get(label, (0.0, -1)), (coverage, place))
             count += 1
         if not count:
@@ -222,19 +218,30 @@ def _labels(root: Path, categories: list[str]) -> Concepts:
     )
 
 
+def _coverage(path: Path, row: int, text: str) -> float:
+    try:
+        if (coverage := float(text)) >= 0:
+            return coverage
+    except ValueError:
+        pass
+    raise ValueError(
+        f"data: {path} row {row}: coverage is {text!r}, expected a number that is not below 0"
+    )
+
+
 def _number(path: Path, row: int, text: str) -> int:
-    if text.isdecimal() and 0 < int(text) < MOST_LABELS:
+    if is_number(text) and 0 < int(text) < MOST_LABELS:
         return int(text)
     raise ValueError(
-        f"data: {path} row {row}: the number of a label is {text!r}, expected 1 to"
+        f"data: {path} row {row}: the number of a label is {text[:40]!r}, expected 1 to"
         f" {MOST_LABELS - 1}"
     )
 
 
 def _header(path: Path) -> list[str]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return next(csv.reader(file), [])
+        with path.open(encoding=_ENCODING, newline="") as file:
+            return next(csv.reader(file, strict=True), [])
     except (OSError, ValueError) as error:
         raise ValueError(f"data: {path} cannot be read ({error})") from error
 
@@ -248,10 +255,15 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, st
     missing = [name for name in needed if name not in _header(path)]
     if missing:
         raise ValueError(f"data: {path} has no column {missing[0]!r}")
+    read = 1
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, restval="")
+        with path.open(encoding=_ENCODING, newline="") as file:
+            # Strictly: a quotation mark that nothing closes would swallow the rest of the table.
+            reader = csv.DictReader(file, restval="", strict=True)
             for row in reader:
-                yield reader.line_num, {k: v for k, v in row.items() if k is not None}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+                read = reader.line_num
+                yield read, {k: v for k, v in row.items() if k is not None}
+    except csv.Error as error:
+        raise ValueError(f"data: {path} row {read + 1}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data: {path} cannot be read ({error})") from error

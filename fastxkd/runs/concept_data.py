@@ -7,9 +7,12 @@ makes the whole data set useless is a ``ValueError`` when it is opened.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -143,6 +146,15 @@ class ConceptSource(Source):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise ValueError(f"{place}: unknown label {unknown[0]}{more}")
 
+    def _labels_in(self, items: Sequence[str], place: str) -> list[int]:
+        """The labels in a field of a table."""
+        odd = [item for item in items if not is_number(item)]
+        if odd:
+            raise ValueError(f"{place}: expected numbers of labels, got {odd[0][:40]!r}")
+        labels = [int(item) for item in items]
+        self._check_labels(labels, place)
+        return labels
+
     def _knows(self, label: int) -> bool:
         return 0 <= label < MOST_LABELS and bool(self._known[label])
 
@@ -152,8 +164,16 @@ class ConceptSource(Source):
             "mask_size": list(self.mask_size),
             "categories": list(self.concepts.categories),
             "labels": sum(map(bool, self.concepts.names)),
+            "concepts_fingerprint": hashlib.sha256(
+                json.dumps(asdict(self.concepts)).encode()
+            ).hexdigest(),
             "allow_empty": self.allow_empty,
         }
+
+
+def is_number(text: str) -> bool:
+    """Whether it is one, and not too long to be told from others."""
+    return text.isdecimal() and len(text) < 19
 
 
 def reason(error: Exception) -> str:
@@ -210,6 +230,8 @@ def read_mask(file: str | os.PathLike[str], size: tuple[int, int]) -> np.ndarray
         ValueError: not an image, of another size, or of pixels that cannot be numbers.
     """
     with open_image(file) as image:
+        if image.format == "JPEG":
+            raise ValueError("a JPEG, which does not keep the numbers of labels, expected PNG")
         if image.size != (size[1], size[0]):
             raise ValueError(
                 f"{image.size[1]} x {image.size[0]} pixels, expected {size[0]} x {size[1]} like"

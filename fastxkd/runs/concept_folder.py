@@ -7,15 +7,16 @@
     images.csv        optional: image, labels: numbers of labels of the whole image, with ';'
 
 A pixel can have as many labels as there are layers. Masks are grey or palette images of 8 or 16
-bits, or colours with R + 256 G, all of one size; images are stretched over them.
+bits, or colours with R + 256 G, all of one size and none a JPEG; images are stretched over them.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,31 +71,30 @@ class ConceptFolder(ConceptSource):
         if name in self._whole:
             row, text = self._whole[name]
             items = [item.strip() for item in text.split(";") if item.strip()]
-            place = f"{WHOLE} row {row}"
-            odd = [item for item in items if not item.isdecimal()]
-            if odd:
-                raise ValueError(f"{place}: expected numbers of labels, got {odd[0]!r}")
-            labels = [int(item) for item in items]
-            self._check_labels(labels, place)
+            labels = self._labels_in(items, f"{WHOLE} row {row}")
         files = [layer[stem] for layer in self._layers if stem in layer]
-        masks = [self._mask(self._file(file), file) for file in files]
+        masks = [self._mask(self._file(file, file), file) for file in files]
         return stacked(masks, self.mask_size), labels
 
     def _picture(self, index: int) -> Tensor:
-        image = f"{IMAGES}/{os.fsdecode(self._names[index])}"
-        return self._image(self._file(image), image)
+        name = os.fsdecode(self._names[index])
+        image = f"{IMAGES}/{name}"
+        place = f"{WHOLE} row {self._whole[name][0]}: {image}" if name in self._whole else image
+        return self._image(self._file(image, place), place)
 
-    def _file(self, name: str) -> Path:
+    def _file(self, name: str, place: str) -> Path:
         path = self.root / name
         if not _inside(os.path.realpath(path), self._boundary):
-            raise ValueError(f"{name} leads out of the data folder")
+            raise ValueError(f"{place} leads out of the data folder")
         return path
 
     def describe(self) -> dict[str, Any]:
         return {
             **super().describe(),
             "folder": str(self.root),
-            "fingerprint": self._names.digest(),
+            "fingerprint": hashlib.sha256(
+                f"{self._names.digest()} {self._layers} {self._whole}".encode()
+            ).hexdigest(),
         }
 
 
@@ -113,32 +113,41 @@ def open_concept_folder(
 
     Raises:
         ValueError: ``labels.csv`` is missing or damaged, no image has labels, a category has no
-            label; names file and row.
+            label, two images or masks of a layer have one path but for their ending; names file
+            and row.
     """
     if not root.is_dir():
         raise ValueError(f"data: {root} is not a folder")
     concepts = _concepts(root / LABELS)
-    images: dict[str, str] = {}
+    images: dict[str, list[str]] = defaultdict(list)
     if (root / IMAGES).is_dir():
-        images = {os.path.splitext(name)[0]: name for name in _walk(str(root / IMAGES))}
+        for name in _walk(str(root / IMAGES)):
+            images[os.path.splitext(name)[0]].append(name)
     masks = root / MASKS
     folders = sorted(p.name for p in masks.iterdir() if p.is_dir()) if masks.is_dir() else []
-    layers = [
-        {os.path.splitext(name)[0]: f"{MASKS}/{layer}/{name}" for name in _walk(str(masks / layer))}
-        for layer in folders
-    ]
+    layers: list[dict[str, str]] = []
+    for layer in folders:
+        layers.append({})
+        for name in _walk(str(masks / layer)):
+            stem, file = os.path.splitext(name)[0], f"{MASKS}/{layer}/{name}"
+            if (other := layers[-1].setdefault(stem, file)) != file:
+                raise ValueError(f"data: {root}: {other} and {file} are masks of one image")
+            if len(images[stem]) > 1:
+                both = " and ".join(f"{IMAGES}/{name}" for name in images[stem])
+                raise ValueError(f"data: {root}: {both} would have one mask, {file}")
     whole: dict[str, tuple[int, str]] = {}
     if os.path.lexists(root / WHOLE):
         for number, row in _rows(root / WHOLE, ("image", "labels")):
-            if row["image"] in whole:
+            name = os.path.normpath(row["image"])
+            if name in whole:
                 raise ValueError(
-                    f"data: {root / WHOLE} row {number}: {row['image']} comes twice, first in row"
-                    f" {whole[row['image']][0]}"
+                    f"data: {root / WHOLE} row {number}: {name} comes twice, first in row"
+                    f" {whole[name][0]}"
                 )
             if row["labels"].strip(" ;"):
-                whole[row["image"]] = number, row["labels"]
+                whole[name] = number, row["labels"]
     labelled = {stem for layer in layers for stem in layer}
-    wanted = {images.get(stem, f"{stem}.png") for stem in labelled} | set(whole)
+    wanted = {name for stem in labelled for name in images[stem] or [f"{stem}.png"]} | set(whole)
     if not wanted:
         raise ValueError(f"data: {root} has neither masks in {MASKS}/LAYER/ nor labels in {WHOLE}")
     names = Names(os.fsencode(name) for name in sorted(wanted))

@@ -70,6 +70,8 @@ class ComposedConcepts(ConceptSource):
         ValueError: no stamps, numbers that are none.
         ImportError: Pillow or scikit-image is missing.
 
+    ``cutouts`` has the stamps' paths, a list for each class.
+
     What counts as a photograph, the edges between hues and the drawn textures are choices of this
     library: numbers on this set compare with one another, not with published ones.
     """
@@ -91,8 +93,8 @@ class ComposedConcepts(ConceptSource):
         require("skimage.data", extra="concepts")
         self.root = Path(stamps or os.environ.get("FASTXKD_STAMPS") or STAMPS).expanduser()
         self.seed, self.objects, self.texture_labels = seed, objects, texture_labels
-        self._stamps = [_stamps_below(self.root / place) for place in OBJECTS.values()]
-        missing = [n for n, found in zip(OBJECTS, self._stamps, strict=True) if not found]
+        self.cutouts = [stamps_below(self.root / place) for place in OBJECTS.values()]
+        missing = [n for n, found in zip(OBJECTS, self.cutouts, strict=True) if not found]
         if missing:
             raise ValueError(
                 f"stamps: no stamps of {missing[0]} in {self.root / OBJECTS[missing[0]]}; get them"
@@ -130,7 +132,7 @@ class ComposedConcepts(ConceptSource):
         things = np.zeros((side, side), np.int32)
         kind = index % len(OBJECTS)
         for _ in range(self.objects):
-            found = self._stamps[kind]
+            found = self.cutouts[kind]
             stamp = _resized(_stamp(found[random.randint(len(found))]), side, random)
             x, y = (random.randint(side - length + 1) for length in stamp.size)
             alpha = stamp.getchannel("A")
@@ -158,7 +160,7 @@ class ComposedConcepts(ConceptSource):
     def describe(self) -> dict[str, Any]:
         found = [
             f"{path.relative_to(self.root)} {path.stat().st_size}"
-            for paths in self._stamps
+            for paths in self.cutouts
             for path in paths
         ]
         return {
@@ -205,7 +207,8 @@ def hue_labels(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return found.astype(np.int64)
 
 
-def _stamps_below(folder: Path) -> list[Path]:
+def stamps_below(folder: Path) -> list[Path]:
+    """The photographs among the stamps of a folder and of those in it."""
     return sorted(path for path in folder.rglob("*.png") if not _NO_PHOTOGRAPHS & set(path.parts))
 
 

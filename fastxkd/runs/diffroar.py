@@ -20,7 +20,7 @@ from fastxkd.metrics.input_gradients import KEPT, check_gradient_options
 from fastxkd.ops._checks import check_choice
 from fastxkd.runs.answers import accuracy
 from fastxkd.runs.data import ImageData, TrainBatches
-from fastxkd.runs.diffroar_results import DiffROAR, Results
+from fastxkd.runs.diffroar_results import DiffROAR, Results, refuse_others
 from fastxkd.runs.explain import steady
 from fastxkd.runs.masked import BATCH, LABELS, masked_data, mean_pixel, rank_pixels
 from fastxkd.runs.models import load_model
@@ -91,26 +91,34 @@ def diffroar(
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, once the state is saved.
     """
     settings = settings or TrainSettings()
+    fractions, seeds = list(fractions), list(seeds)
     _check(data, fractions, seeds, of, labels, channels)
     device = torch.device(device)
     make = student if callable(student) else _maker(student, data)
+    # Ranking takes long: what cannot be done is said before it.
+    student_weights = fingerprint(_made(make, seeds[0]).state_dict())
+    if out is not None:
+        refuse_others(Path(out))
     model = model.to(device)
     fill = mean_pixel(data)
     assert data.train is not None
-    ranks = {
-        name: rank_pixels(
-            model,
-            data,
-            split,
-            of=of,
-            channels=channels,
-            labels=labels,
-            device=device,
-            stage=f"ranking {name}",
-            progress=progress,
-        )
-        for name, split in (("train", data.train), ("test", data.test))
-    }
+    # A model that draws numbers draws the same ones again, and a resumed run has the same ranking.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seeds[0])
+        ranks = {
+            name: rank_pixels(
+                model,
+                data,
+                split,
+                of=of,
+                channels=channels,
+                labels=labels,
+                device=device,
+                stage=f"ranking {name}",
+                progress=progress,
+            )
+            for name, split in (("train", data.train), ("test", data.test))
+        }
     facts = {
         **data.settings(),
         **{k: v for k, v in dataclasses.asdict(settings).items() if k != "seed"},
@@ -120,11 +128,11 @@ def diffroar(
         "model_weights": fingerprint(model.state_dict()),
         # Of gradients that were rounded otherwise, on other threads say, another ranking may come.
         "ranking": fingerprint(ranks),
-        "student_weights": fingerprint(_made(make, seeds[0]).state_dict()),
+        "student_weights": student_weights,
         "fill": fill.tolist(),
         "augmented": augmented,
         "fractions": [float(fraction) for fraction in fractions],
-        "seeds": list(seeds),
+        "seeds": seeds,
     }
     with Results.open(None if out is None else Path(out), facts, resume=resume) as results:
         for fraction in fractions:
@@ -220,6 +228,9 @@ def _check(
         raise ValueError(f"data: {data.spec!r} was loaded without training images")
     for fraction in fractions:
         check_fraction(fraction)
+    for seed in seeds:
+        if type(seed) is not int:
+            raise TypeError(f"seeds: expected int, got {type(seed).__name__}")
     for name, values in (("fractions", fractions), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name}: expected one or more, each once, got {list(values)}")
+            raise ValueError(f"{name}: expected one or more, each once, got {values}")

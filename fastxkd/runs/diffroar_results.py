@@ -81,6 +81,11 @@ def _std(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+def refuse_others(out: Path) -> None:
+    """Raise if ``out`` holds anything but such a run."""
+    refuse_strangers(out, _OURS if (out / RESULT).exists() else (LOCK,))
+
+
 class Results:
     """Accuracies that are known, in ``diffroar.json`` as soon as they are."""
 
@@ -92,7 +97,7 @@ class Results:
         file = out / RESULT
         if file.exists() and resume:
             self._read(file)
-        refuse_strangers(out, _OURS if file.exists() else (LOCK,))
+        refuse_others(out)
         self._write()
 
     @classmethod
@@ -102,7 +107,7 @@ class Results:
             yield cls(None, facts, resume=resume)
             return
         # Looked at before anything is made in it, and again under the lock.
-        refuse_strangers(out, _OURS if (out / RESULT).exists() else (LOCK,))
+        refuse_others(out)
         make_folders(out)
         lock = Lock(out / LOCK)
         lock.take(_PATIENCE)
@@ -117,6 +122,8 @@ class Results:
             content = json.loads(read_regular(file, _LIMIT))
             stored, rows = content["settings"], content["accuracies"]
             known = {(row[0], float(row[1]), int(row[2])): float(row[3]) for row in rows}
+            if not isinstance(stored, dict) or not all(0 <= x <= 1 for x in known.values()):
+                raise ValueError("its settings or accuracies cannot be")
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(f"out: {file} is damaged ({error}); choose another folder") from error
         check_settings(stored, self._facts, f"the run in {self.out}")

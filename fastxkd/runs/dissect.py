@@ -10,13 +10,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastxkd
 from fastxkd._extras import require
@@ -191,7 +191,7 @@ def dissect(
             "device": place.type,
         }
         if spool:
-            _check_space(out, len(source), [shape for _, _, shape in made])
+            _check_space(out, len(source), [shape for _, _, shape in made], keep=keep)
         used = {name: own.file for name, (own, _, _) in zip(called, made, strict=True)}
         lock = _claim(out, settings, asked.facts(place, ranks, workers, used, {}), resume)
         try:
@@ -231,7 +231,18 @@ def dissect(
 def _dissected(
     name: str, dissection: NetworkDissection, stored: Recomputed | Stored
 ) -> DissectedModel:
-    thresholds = unit_thresholds(lambda: stored, dissection.q, quantile=dissection.quantile)
+    def answers() -> Iterator[Tensor]:
+        some = False
+        for batch in stored:
+            some = True
+            yield batch
+        if not some:
+            path, reason = stored.failed[min(stored.failed)]
+            raise ValueError(
+                f"data: {name} can use none of its images, the first: {path}: {reason}"
+            )
+
+    thresholds = unit_thresholds(answers, dissection.q, quantile=dissection.quantile)
     tally = DissectionTally(
         thresholds,
         dissection.concepts,
@@ -257,9 +268,10 @@ def _listed(name: str, given: Any, count: int) -> list[Any]:
     return several
 
 
-def _check_space(out: Path, images: int, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuse what the disk cannot hold: the activations of one model at a time, not packed."""
-    need = images * 4 * max(math.prod(shape) for shape in shapes)
+def _check_space(out: Path, images: int, shapes: Sequence[tuple[int, ...]], *, keep: bool) -> None:
+    """Refuse what the disk cannot hold: the activations of one model at a time, not packed; of
+    all where they stay."""
+    need = images * 4 * (sum if keep else max)(math.prod(shape) for shape in shapes)
     folder = out.expanduser().absolute()
     disk = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(disk).free

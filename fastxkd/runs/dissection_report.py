@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from fastxkd._extras import require
 from fastxkd.cam import render
 from fastxkd.metrics.concept_scores import Unit
-from fastxkd.runs import charts
+from fastxkd.pages import charts
+from fastxkd.pages.page import render_page
 from fastxkd.runs.concept_data import ConceptSource
 from fastxkd.runs.dissected import REPORT, RUN, DissectedModel, failures, without_pixels
 from fastxkd.runs.durable import put, read_regular
 from fastxkd.runs.layout import RUN_BYTES
-from fastxkd.runs.pages import render_page
 from fastxkd.runs.report import facts_of
 from fastxkd.runs.run_report import _flat
 

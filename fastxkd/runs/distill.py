@@ -19,7 +19,7 @@ from fastxkd.runs.comparison import FEATURE_LIMIT, Comparison, check_sizes, comp
 from fastxkd.runs.data import ImageData, TrainBatches, load_data
 from fastxkd.runs.fidelity import measure_fidelity
 from fastxkd.runs.layers import choose_layers, default_layers
-from fastxkd.runs.models import load_model
+from fastxkd.runs.models import check_normalisation, load_model
 from fastxkd.runs.progress import BarProgress, LineProgress
 from fastxkd.runs.store import (
     checkpoint_file,
@@ -31,6 +31,7 @@ from fastxkd.runs.store import (
 )
 from fastxkd.runs.xdistill import (
     ExplainedOptions,
+    check_cam,
     check_method,
     check_options,
     explained_student,
@@ -153,6 +154,10 @@ def check_before_work(plan: DistillPlan | ComparePlan) -> None:
     check_sizes(plan.gallery, plan.max_samples, plan.explained, plan.feature_limit)
     if isinstance(plan, DistillPlan):
         plan.teacher_settings()
+        if plan.teacher_weights is not None and plan.teacher_label_smoothing is not None:
+            raise ValueError(
+                "teacher_label_smoothing: expected None with teacher_weights, which are not trained"
+            )
         if plan.workers < 0:
             raise ValueError(f"workers: expected 0 or more, got {plan.workers}")
         check_method(plan.method)
@@ -194,6 +199,8 @@ def run_distill(plan: DistillPlan, progress: LineProgress | BarProgress) -> Comp
         _check_outputs(role, model, example, data)
     named = _named_layers(plan, models)
     layers = choose_layers(models, example, **named)
+    if plan.method == "xdistill":
+        check_cam(models, plan.options, layers, example)
     everyone = dict(models)
     if plan.method != "kd" and plan.options.reference_kd:
         everyone["kd"] = copy.deepcopy(models["base"])
@@ -282,6 +289,7 @@ def run_compare(plan: ComparePlan, progress: LineProgress | BarProgress) -> Comp
             spec, num_classes=count, in_channels=data.channels, weights=weights
         )
         specs[role] = spec
+        _check_normalisation(plan, role, models[role], data, spec, weights)
     if plan.base is None:
         if plan.base_weights is not None:
             raise ValueError("base_weights: given without base")
@@ -326,6 +334,8 @@ def _models(plan: DistillPlan, data: ImageData) -> tuple[dict[str, nn.Module], d
     student = load_model(plan.student, weights=plan.student_weights, **shape)
     models = {"teacher": teacher, "base": copy.deepcopy(student), "student": student}
     specs = {"teacher": plan.teacher_spec, "base": plan.student, "student": plan.student}
+    for role, weights in (("teacher", plan.teacher_weights), ("student", plan.student_weights)):
+        _check_normalisation(plan, role, models[role], data, specs[role], weights)
     if plan.method != "kd":
         models["student"] = explained_student(
             student,
@@ -337,6 +347,18 @@ def _models(plan: DistillPlan, data: ImageData) -> tuple[dict[str, nn.Module], d
         )
         specs["student"] = f"{plan.student}, {plan.method}"
     return models, specs
+
+
+def _check_normalisation(
+    plan: DistillPlan | ComparePlan,
+    role: str,
+    model: nn.Module,
+    data: ImageData,
+    spec: str,
+    weights: Path | None,
+) -> None:
+    if plan.mean is None and plan.std is None:
+        check_normalisation(role, spec, model, weights, data.mean, data.std)
 
 
 def _named_layers(

@@ -148,7 +148,6 @@ def explain(
             follow_links=follow_links,
         )
         own = asked.make_model(model, "model", weights, num_classes, source, place)
-        asked.check_normalisation(own, source, weights)
         other = None
         if "unicam" in names and base is not None:
             other = asked.make_model(base, "base", base_weights, num_classes, source, place)

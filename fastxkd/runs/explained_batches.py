@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastxkd.runs.data import ArraySplit, ImageData, Split, TrainBatches, augment
-from fastxkd.train.explanation_cache import ExplanationCache
+from fastxkd.runs.explanation_cache import ExplanationCache
 from fastxkd.train.teacher_maps import TeacherExplanations
 
 __all__ = ["ExplainedBatches", "explanation_cache"]

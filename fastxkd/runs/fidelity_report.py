@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from fastxkd.cam import render
+from fastxkd.pages.images import fit, shrink
+from fastxkd.pages.numbers import number
 from fastxkd.runs.fidelity import Difference, Fidelity, FidelityItem
-from fastxkd.runs.numbers import number
-from fastxkd.runs.report import fit, shrink
 
 ROLES = {
     "teacher": "Teacher",

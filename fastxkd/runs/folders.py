@@ -115,15 +115,11 @@ def open_folder(
     """
     if not root.is_dir():
         raise ValueError(f"data: {root} is not a folder")
-    parts = {
-        name
-        for name, is_folder in _listing(str(root), "", links=True)
-        if is_folder and name[0] != "."
-    }
+    parts = _folders(root)
     own = _own_part(root, parts)
     if split is not None and split not in parts:
         raise ValueError(
-            f"data: {root} has no folder {split!r}; it has {', '.join(sorted(parts)) or 'none'}"
+            f"data: {root} has no folder {split!r}; it has {', '.join(parts) or 'none'}"
         )
     folder = root / split if split is not None else root if own is None else root / own
     if not follow_links:
@@ -156,10 +152,10 @@ def open_folder(
     )
 
 
-def _own_part(root: Path, parts: set[str]) -> str | None:
+def _own_part(root: Path, parts: Sequence[str]) -> str | None:
     """The folder that holds the images to explain, where ``root`` is divided into such."""
     known = ("train", *_TEST_FOLDERS)
-    if not parts.intersection(known):
+    if not set(parts).intersection(known):
         return None
     # Tools and annotations may lie beside them.
     filled = _with_images(root)
@@ -210,12 +206,13 @@ def _refuse_outside(folder: Path, root: Path) -> None:
         )
 
 
+def _folders(folder: Path) -> list[str]:
+    found = _listing(str(folder), "", links=True)
+    return [name for name, is_folder in found if is_folder and name[0] != "."]
+
+
 def _with_images(folder: Path) -> list[str]:
-    return [
-        name
-        for name, is_folder in _listing(str(folder), "", links=True)
-        if is_folder and name[0] != "." and next(_walk(os.path.join(folder, name)), None)
-    ]
+    return [name for name in _folders(folder) if next(_walk(os.path.join(folder, name)), None)]
 
 
 def _listing(folder: str, below: str, *, links: bool = False) -> Iterator[tuple[str, bool]]:
@@ -277,7 +274,7 @@ def load_folder(spec: str, root: Path, image_size: int, held_out: float, seed: i
     """Open ``ROOT/CLASS/**`` or ``ROOT/train/CLASS/**`` with ``ROOT/val`` or ``ROOT/test``.
 
     A tree without its own test images is split: ``held_out`` of every class, at least one image,
-    chosen by ``seed``.
+    chosen by ``seed``. One with test images alone is for ``held_out=0``, which trains nothing.
 
     Raises:
         ValueError: no such folder, fewer than two classes, classes without a counterpart.
@@ -285,12 +282,19 @@ def load_folder(spec: str, root: Path, image_size: int, held_out: float, seed: i
     if not root.is_dir():
         raise ValueError(f"data: {root} is not a folder")
     has_split = (root / "train").is_dir()
-    trained = _class_folders(root / "train" if has_split else root)
+    part = "train" if has_split else _own_part(root, _folders(root))
+    if held_out > 0 and not has_split and part is not None:
+        raise ValueError(
+            f"data: {root} has a {part!r} folder but no 'train'; to hold images of it out for "
+            f"testing, name that folder: {root / part}"
+        )
+    place = root / (part or "")
+    trained = _class_folders(place)
     if len(trained) < 2:
         raise ValueError(
-            f"data: expected at least 2 folders with images (one per class) in "
-            f"{root / 'train' if has_split else root}, got {len(trained)}"
-            f" ({', '.join(trained) or 'none'}); images look like {' '.join(sorted(EXTENSIONS))}"
+            f"data: expected at least 2 folders with images (one per class) in {place}, got "
+            f"{len(trained)} ({', '.join(trained) or 'none'}); images look like "
+            f"{' '.join(sorted(EXTENSIONS))}"
         )
     classes = list(trained)
     if has_split:
@@ -308,7 +312,8 @@ def load_folder(spec: str, root: Path, image_size: int, held_out: float, seed: i
             )
         how = f"training images from train/, test images from {own.name}/"
     elif held_out == 0:
-        trained, tested, how = {}, trained, "all images are test images"
+        how = "all images are test images" if part is None else f"test images from {part}/"
+        trained, tested = {}, trained
     else:
         trained, tested = _hold_out(trained, held_out, seed)
         how = f"{held_out:.0%} of every class held out for testing, chosen by seed {seed}"

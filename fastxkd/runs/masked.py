@@ -48,6 +48,9 @@ def rank_pixels(
 
     Returns:
         int16, or int32 where there are more pixels, on the CPU; 0 for images that cannot be read.
+
+    Raises:
+        ValueError: NaN in a gradient.
     """
     progress = progress or Progress()
     size = data.image_size

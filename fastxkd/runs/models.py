@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from fastxkd._extras import require
 from fastxkd.runs.cnn import BUILTIN_MODELS, builtin_model
 from fastxkd.runs.layers import choose_layers, default_layers, last_spatial_layer, pair_layers
+from fastxkd.runs.layout import RUN
 
 __all__ = [
+    "check_normalisation",
     "check_weights",
     "choose_layers",
     "default_layers",
@@ -41,6 +43,9 @@ SPECS = (
 _CLASS_KEYWORDS = ("num_classes", "n_classes", "classes")
 _CHANNEL_KEYWORDS = ("in_channels", "in_chans", "num_channels", "input_channels")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net")
+# What these train with, where a model does not say.
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_PUBLISHED = {"timm": _IMAGENET, "torchvision": _IMAGENET}
 _log = logging.getLogger("fastxkd")
 
 
@@ -335,3 +340,40 @@ def check_weights(model: nn.Module) -> dict[str, int]:
             if buffer.is_floating_point() and (broken := torch.isnan(buffer)).any():
                 found[name] = int(broken.sum())
     return found
+
+
+def check_normalisation(
+    role: str,
+    spec: str,
+    model: nn.Module,
+    weights: str | os.PathLike[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    """Say so where weights were most likely trained on images with another mean and spread.
+
+    Weights in a run's folder (of ``fastxkd distill``) are taken to be used as they were trained.
+
+    Args:
+        mean, std: of the images where nobody chose them; None: they are taken as they are.
+    """
+    library = spec.partition(":")[0]
+    if weights is None or library not in _PUBLISHED or mean is None or std is None:
+        return
+    if (Path(weights).expanduser().parent / RUN).exists():
+        return
+    config = getattr(model, "pretrained_cfg", None) or {}
+    wanted = {name: tuple(config.get(name, value)) for name, value in _PUBLISHED[library].items()}
+    pairs = [*zip(mean, wanted["mean"], strict=False), *zip(std, wanted["std"], strict=False)]
+    if all(abs(own - published) < 0.01 for own, published in pairs):
+        return
+    options = (f"--{name} {','.join(f'{x:g}' for x in values)}" for name, values in wanted.items())
+    _log.warning(
+        "%s: images are normalised as fastxkd trains (mean %.3f, std %.3f); weights that %s"
+        " publishes are made for %s",
+        role,
+        mean[0],
+        std[0],
+        library,
+        " ".join(options),
+    )

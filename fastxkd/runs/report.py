@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import hashlib
 import os
 import shlex
 from collections.abc import Container, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastxkd._extras import require
 from fastxkd.cam import render
-from fastxkd.runs import charts, verdict
-from fastxkd.runs.numbers import count, finite, number, percent, score, seconds
+from fastxkd.pages import charts
+from fastxkd.pages.images import fit, place_of, shrink
+from fastxkd.pages.numbers import count, finite, number, percent, seconds
+from fastxkd.pages.page import render_page
+from fastxkd.runs import verdict
 
 if TYPE_CHECKING:
     from fastxkd.runs.comparison import Comparison, GalleryItem
@@ -40,22 +39,7 @@ LAYER_COLUMNS = (
     ("rs_distilled", "RS", "distilled"),
     ("rs_residual", "RS", "residual"),
 )
-_LONGEST_SIDE = 512
 _SKIPPED_SHOWN = 200
-
-# All the page works without it, so its two controls stay hidden until it runs.
-SCRIPT = """
-const root = document.documentElement;
-for (const control of document.querySelectorAll("[data-control]")) control.hidden = false;
-const strength = document.querySelector("[data-control=strength] input");
-if (strength) strength.oninput = () => root.style.setProperty("--heat", strength.value / 100);
-document.querySelector("[data-control=theme]").onclick = () => {
-  const dark = root.dataset.theme
-    ? root.dataset.theme === "dark"
-    : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.dataset.theme = dark ? "light" : "dark";
-};
-"""
 
 
 def write_report(comparison: Comparison, path: str | Path) -> Path:
@@ -96,33 +80,16 @@ def write_report(comparison: Comparison, path: str | Path) -> Path:
 
 def render_report(comparison: Comparison) -> str:
     """The page as text; the same comparison gives the same text."""
-    jinja2 = require("jinja2", extra="report")
-    markup = require("markupsafe", extra="report").Markup
-    folder = resources.files("fastxkd.runs")
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(
-        percent=percent, number=number, count=count, seconds=seconds, score=score
-    )
     # Outputs that are not the data's classes have other names: equal or not says nothing.
     named = comparison.run.get("accuracy_defined", True)
-    digest = hashlib.sha256(SCRIPT.encode()).digest()
-    page: str = environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         comparison=comparison,
         verdict=verdict.of(comparison),
         models=[model for role in ROLES for model in comparison.models if model.role == role],
         metrics=_metrics(comparison),
-        layer_charts=[
-            (title, label, markup(svg)) for title, label, svg in _layer_charts(comparison) if svg
-        ],
-        training_charts=[
-            (title, label, markup(svg)) for title, label, svg in _training_charts(comparison) if svg
-        ],
+        layer_charts=[drawn for drawn in _layer_charts(comparison) if drawn[-1]],
+        training_charts=[drawn for drawn in _training_charts(comparison) if drawn[-1]],
         columns=[
             column
             for column in LAYER_COLUMNS
@@ -132,16 +99,11 @@ def render_report(comparison: Comparison) -> str:
         gallery=[
             _item(index, item, named) for index, item in enumerate(comparison.gallery, start=1)
         ],
-        legend=markup(legend()),
         has_base=verdict.has_base(comparison),
         fidelity=_fidelity(comparison),
-        opacity=render.OPACITY,
         run=_run(comparison.run),
         marks={"teacher": "■", "base": "●", "student": "◆"},
-        script=markup(SCRIPT),
-        script_hash="sha256-" + base64.b64encode(digest).decode("ascii"),
     )
-    return page
 
 
 def _fidelity(comparison: Comparison) -> dict[str, Any] | None:
@@ -282,36 +244,6 @@ def _item(index: int, item: GalleryItem, named: bool) -> dict[str, Any]:
         "small": max(height, width) <= 64,
         "panels": panels,
     }
-
-
-def shrink(image: render.Picture) -> render.Picture:
-    height, width = image.shape[:2]
-    scale = _LONGEST_SIDE / max(height, width)
-    if scale >= 1:
-        return image
-    pillow = require("PIL.Image", extra="report")
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return np.asarray(pillow.fromarray(image).resize(size, pillow.Resampling.LANCZOS))
-
-
-def fit(heat: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:
-    """The map at the size it will be shown at; models may see an image at different sizes."""
-    scale = min(1.0, _LONGEST_SIDE / max(height, width))
-    size = (max(round(height * scale), 1), max(round(width * scale), 1))
-    return render.resize(heat, size)
-
-
-def place_of(heat: np.ndarray[Any, Any]) -> str:
-    height, width = heat.shape
-    row, column = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
-    down = ("upper", "middle", "lower")[min(3 * int(row) // height, 2)]
-    across = ("left", "centre", "right")[min(3 * int(column) // width, 2)]
-    return "centre" if (down, across) == ("middle", "centre") else f"{down} {across}"
-
-
-def legend() -> str:
-    table = render.colors()[np.linspace(0, 255, 17).round().astype(int)]
-    return ", ".join(f"rgb({r} {g} {b})" for r, g, b in table.tolist())
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastxkd._extras import require
 from fastxkd.cam import render
+from fastxkd.pages.images import fit, place_of, shrink
+from fastxkd.pages.numbers import number
+from fastxkd.pages.page import render_page
 from fastxkd.runs import reader
 from fastxkd.runs.chunks import Summary
 from fastxkd.runs.durable import put
 from fastxkd.runs.layout import REPORT
-from fastxkd.runs.numbers import count, number, percent, score
-from fastxkd.runs.report import SCRIPT, facts_of, fit, legend, place_of, shrink
+from fastxkd.runs.report import facts_of
 from fastxkd.runs.sources import Source, spread
 
 TITLES = {
@@ -61,23 +59,13 @@ def write_run_report(
     totals = Totals(list(run.maps), wanted)
     for chunk in run.done:
         totals.add(run.scores_of(chunk))
-    jinja2 = require("jinja2", extra="runs")
-    markup = require("markupsafe", extra="runs").Markup
-    folder = resources.files("fastxkd.runs")
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(percent=percent, number=number, count=count, score=score)
-    digest = hashlib.sha256(SCRIPT.encode()).digest()
     # Other outputs than the data's classes cannot be right or wrong about them.
     if class_names is None and source.classes is not None:
         totals.labelled = 0
     items = [_item(run, source, row, class_names) for row in totals.shown]
-    page = environment.get_template("run.html.j2").render(
+    page = render_page(
+        "run.html.j2",
+        extra="runs",
         summary=summary,
         settings=run.settings,
         model=run.settings["model"]["name"],
@@ -89,10 +77,6 @@ def write_run_report(
         facts=facts_of(_plain_facts(run)),
         data=facts_of(_flat(run.settings["data"])),
         chosen=facts_of(_settings(run.settings)),
-        legend=markup(legend()),
-        opacity=render.OPACITY,
-        script=markup(SCRIPT),
-        script_hash="sha256-" + base64.b64encode(digest).decode("ascii"),
     )
     put(summary.out / REPORT, page.encode("utf-8", "backslashreplace"), f"{os.getpid()}-0")
 

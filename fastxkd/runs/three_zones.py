@@ -91,6 +91,8 @@ def three_zones(
         raise ValueError(f"size: expected at least {_SMALLEST} pixels, got {size}")
     if channels not in (1, 3):
         raise ValueError(f"channels: expected 1 or 3, got {channels}")
+    if type(seed) is not int:
+        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
     if type(first) is not int or first < 0:
         raise ValueError(f"first: expected an int of 0 or more, got {first}")
     numbers = np.arange(first, first + count)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fastxkd.runs.numbers import finite, number, percent, score
+from fastxkd.pages.numbers import finite, number, percent, score
 
 if TYPE_CHECKING:
     from fastxkd.runs.comparison import Comparison

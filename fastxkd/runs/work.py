@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastxkd.pages.numbers import finite
 from fastxkd.runs.chunks import Array
 from fastxkd.runs.loading import NO_LABEL, Images, Loaded
 from fastxkd.runs.methods import Methods, statistics
-from fastxkd.runs.numbers import finite
 from fastxkd.runs.sources import spread
 
 _log = logging.getLogger("fastxkd")

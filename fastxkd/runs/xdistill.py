@@ -14,6 +14,7 @@ from fastxkd.cam.attribution import SIGNS
 from fastxkd.ops._checks import check_choice, check_factors, check_positive
 from fastxkd.runs.data import ImageData, TrainBatches
 from fastxkd.runs.explained_batches import ExplainedBatches, explanation_cache
+from fastxkd.runs.explanation_cache import check_folder
 from fastxkd.runs.models import load_model
 from fastxkd.train.autoencoder import ExplanationAutoencoder
 from fastxkd.train.distiller import Distiller, TrainSettings
@@ -111,17 +112,40 @@ def check_options(method: str, options: ExplainedOptions) -> None:
         check_choice("first_weights", options.first_weights, FIRST_WEIGHTS)
         check_choice("join", options.join, JOINS)
         check_choice("sign", options.sign, SIGNS)
+        if options.explanations is not None:
+            check_folder(options.explanations)
         fusions = [fusion for fusion in FUSIONS if fusion != "mask"]
         if options.fusion not in fusions:
             raise ValueError(
                 f"fusion: expected one of {', '.join(fusions)}, got {options.fusion!r}"
             )
         unknown = [name for name in options.explainers if name not in EXPLAINERS]
+        if len(set(options.explainers)) < len(options.explainers):
+            raise ValueError(
+                f"explainers: expected different ones, got {', '.join(options.explainers)}"
+            )
+        if "cam" in options.explainers and options.fusion == "feature":
+            raise ValueError(
+                "explainers: cam asks for one head on the student's features, which"
+                " fusion='feature' gives a second beside it"
+            )
         if unknown or not options.explainers:
             raise ValueError(
                 f"explainers: expected some of {', '.join(EXPLAINERS)}, got"
                 f" {', '.join(map(repr, unknown)) or 'none'}"
             )
+
+
+def check_cam(
+    models: Mapping[str, nn.Module],
+    options: ExplainedOptions,
+    layers: Mapping[str, Sequence[str]],
+    example: torch.Tensor,
+) -> None:
+    """Raise ValueError where CAM, which not every model allows, is asked for and cannot be had."""
+    if "cam" in options.explainers:
+        for role, model in models.items():
+            TeacherExplanations(model, "cam", target_layers=[layers[role][-1]])(example)
 
 
 def explained_student(

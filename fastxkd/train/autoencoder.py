@@ -60,6 +60,8 @@ class ExplanationAutoencoder(nn.Module):
         super().__init__()
         check_counts(channels=channels, maps=maps)
         for name, given in (("widths", widths), ("decoder", decoder)):
+            if not isinstance(given, Sequence):
+                raise TypeError(f"{name}: expected a sequence, got {type(given).__name__}")
             check_counts(**{f"{name}[{i}]": width for i, width in enumerate(given)})
         if len(widths) != len(decoder) or not widths:
             raise ValueError(
@@ -83,6 +85,11 @@ class ExplanationAutoencoder(nn.Module):
 
     def explained(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Maps, and the coarsest features ``[n, bottleneck, ...]``."""
+        check_float("images", images)
+        if images.dim() != 4 or images.shape[1] != self.channels:
+            raise ValueError(
+                f"images: expected [n, {self.channels}, h, w], got {list(images.shape)}"
+            )
         skips, features = [], images
         for step in self.encoder:
             skips.append(features)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,7 @@ class TrainSettings:
             )
 
 
+@runtime_checkable
 class Batches(Protocol):
     """A source of training batches numbered from the first step of training.
 
@@ -159,6 +160,9 @@ class Distiller:
         identity: further facts, plain values, that must be equal to resume (data, model names).
         on_step: called after every step with the number of steps made so far.
 
+    Raises:
+        TypeError: a student, teacher, batches or settings of another kind.
+
     Resuming continues at the step of the checkpoint and gives the same weights, bit for bit, as a
     training that never stopped, on the same machine with the same number of threads. Random
     numbers that a model draws from elsewhere than torch are not restored.
@@ -180,6 +184,15 @@ class Distiller:
         progress: Progress | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
+        expect("student", student, nn.Module)
+        expect("settings", settings, TrainSettings)
+        if teacher is not None:
+            expect("teacher", teacher, nn.Module)
+        if not isinstance(batches, Batches):
+            raise TypeError(
+                "batches: expected an object with __len__() and iterate(first, last), got"
+                f" {type(batches).__name__}"
+            )
         self.device = torch.device(device)
         self.student = student.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.teacher = None if teacher is None else teacher.to(self.device)
@@ -222,6 +235,11 @@ class Distiller:
             nesterov=self.settings.momentum > 0,
         )
 
+    def rates(self, step: int) -> list[float]:
+        """Of each of the optimizer's groups in the step of this number, from 0."""
+        groups = len(self._optimizer.param_groups)
+        return [learning_rate(self.settings, step, self.steps)] * groups
+
     @property
     def finished(self) -> bool:
         return self._step == self.steps
@@ -231,7 +249,7 @@ class Distiller:
 
         Returns:
             One record per epoch: epoch (from 1), loss (mean), accuracy (None without
-            ``evaluate``), lr, seconds.
+            ``evaluate``), lr (of the first group, in the last step), seconds.
 
         Raises:
             ValueError: a checkpoint that is damaged or was made with other settings.
@@ -277,8 +295,9 @@ class Distiller:
         epoch = self._step // len(self.batches)
         # Batch norm has nothing to normalise in less than two images (the rest was unreadable).
         if len(labels) > 1:
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate(self.settings, self._step, self.steps)
+            rates = self.rates(self._step)
+            for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
             images = images.contiguous(memory_format=torch.channels_last)
             loss = self._loss(images, labels, *more)
             self._optimizer.zero_grad(set_to_none=True)
@@ -293,7 +312,9 @@ class Distiller:
 
     def _loss(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
         with self._autocast():
-            logits = _logits(self.student(images), self.stage)
+            # A copy: what a student does to it in place must not reach the teacher.
+            own = images if self.teacher is None else images.clone()
+            logits = _logits(self.student(own), self.stage)
         return self._guided(logits, images, labels)
 
     def _guided(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -324,7 +345,7 @@ class Distiller:
                 raise TrainingDiverged(
                     f"{self.stage}: the loss became {value} at step {step + 1} of {self.steps} "
                     f"(epoch {step // len(self.batches) + 1}, learning rate "
-                    f"{learning_rate(self.settings, step, self.steps):.4g}); try a smaller lr"
+                    f"{self.rates(step)[0]:.4g}); try a smaller lr"
                 )
             self._partial["loss"] += value * images
             self._partial["images"] += images
@@ -341,7 +362,7 @@ class Distiller:
             "epoch": epoch,
             "loss": self._partial["loss"] / max(1, self._partial["images"]),
             "accuracy": accuracy,
-            "lr": learning_rate(self.settings, self._step - 1, self.steps),
+            "lr": self.rates(self._step - 1)[0],
             "seconds": self._partial["seconds"],
         }
         self.history.append(record)
@@ -394,6 +415,11 @@ class Distiller:
             torch.cuda.set_rng_state(content["random_cuda"], self.device)
         self._step, self._partial = content["step"], content["partial"]
         self.history = content["history"]
+
+
+def expect(name: str, given: object, kind: type) -> None:
+    if not isinstance(given, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(given).__name__}")
 
 
 def _logits(output: object, role: str) -> Tensor:

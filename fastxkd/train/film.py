@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from fastxkd._extras import require
 from fastxkd.cam import render
-from fastxkd.runs import charts
-from fastxkd.runs.numbers import count, number, score
-from fastxkd.runs.report import SCRIPT, legend, shrink
+from fastxkd.pages import charts
+from fastxkd.pages.images import shrink
+from fastxkd.pages.numbers import count, number, score
+from fastxkd.pages.page import render_page
 from fastxkd.train._log import Record, merged
 from fastxkd.train._probe import shown
 from fastxkd.train.sinks import write_whole
@@ -87,21 +84,10 @@ def write_film(monitor: ExplanationMonitor, path: str | Path) -> Path:
 
 def render_film(monitor: ExplanationMonitor) -> str:
     """The page as text; the same monitor gives the same text."""
-    jinja2 = require("jinja2", extra="report")
-    markup = require("markupsafe", extra="report").Markup
-    folder = resources.files("fastxkd.runs")
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(number=number, count=count, score=score)
     records = grouped(monitor.history, MOST_POINTS)
-    digest = hashlib.sha256(SCRIPT.encode()).digest()
-    page: str = environment.get_template("film.html.j2").render(
-        layers=[_layer(layer, records, markup) for layer in monitor.layers],
+    return render_page(
+        "film.html.j2",
+        layers=[_layer(layer, records) for layer in monitor.layers],
         table=_table(records),
         records=len(monitor.history),
         images=list(_images(monitor)),
@@ -110,13 +96,8 @@ def render_film(monitor: ExplanationMonitor) -> str:
         facts=_facts(monitor.settings()),
         summary=_summary(monitor.history, monitor.layers),
         last=monitor.history[-1].step if monitor.history else None,
-        legend=markup(legend()),
-        opacity=render.OPACITY,
         marks=_MARKS,
-        script=markup(SCRIPT),
-        script_hash="sha256-" + base64.b64encode(digest).decode("ascii"),
     )
-    return page
 
 
 def grouped(records: Sequence[Record], most: int) -> list[Record]:
@@ -125,7 +106,7 @@ def grouped(records: Sequence[Record], most: int) -> list[Record]:
     return [merged(records[i : i + size]) for i in range(0, len(records), size)] if size else []
 
 
-def _layer(layer: str, records: Sequence[Record], markup: Any) -> dict[str, Any]:
+def _layer(layer: str, records: Sequence[Record]) -> dict[str, Any]:
     drawn = []
     for title, share, measures in _CHARTS:
         # A score comes when a pool is full: its line runs over those steps only.
@@ -145,7 +126,7 @@ def _layer(layer: str, records: Sequence[Record], markup: Any) -> dict[str, Any]
             ylim=(0, 1) if within else None,
         )  # fmt: skip
         if svg:
-            drawn.append((title, f"{title} of {layer} over the steps", markup(svg)))
+            drawn.append((title, f"{title} of {layer} over the steps", svg))
     return {"name": layer, "charts": drawn}
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastxkd.cam.capture import resolve_layers
+from fastxkd.cam.capture import in_backward, resolve_layers
 from fastxkd.ops._checks import check_choice, check_counts, check_flags, check_float
 
 __all__ = ["FUSIONS", "ExplainedStudent"]
@@ -39,14 +39,15 @@ class ExplainedStudent(nn.Module):
     ===========  =================================================================================
 
     Args:
-        student: a classifier; taken over, with ``concat`` its first convolution is replaced.
+        student: a classifier; taken over, with ``concat`` its first convolution is widened: the
+            first of its modules, which is to be the one that is given the images.
         phi: images to maps ``[n, k, h, w]`` of the images' size, an
             :class:`~fastxkd.train.ExplanationAutoencoder` or any other; None with ``none``.
         fusion: see above.
         first_weights: of what is added for the maps in ``concat`` and ``feature``: ``"zeros"``,
             so that training starts from the very student it is compared with, or ``"random"``.
         at: name of the student's layer, for ``attend``; its output is ``[n, channels, h, w]``.
-        maps: that phi draws, by default ``phi.maps``.
+        maps: that phi draws, for ``concat``; by default ``phi.maps``.
         classes: of the logits, for ``feature``; by default those of the last linear layer.
 
     Saved and loaded by ``state_dict`` like any module, into one made by the same call.
@@ -94,12 +95,19 @@ class ExplainedStudent(nn.Module):
                 f"at: expected {'a layer' if at is None else 'None'} with fusion={fusion!r},"
                 f" got {at!r}"
             )
+        for name, given, owner in (("maps", maps, "concat"), ("classes", classes, "feature")):
+            if given is None:
+                continue
+            check_counts(**{name: given})
+            if fusion != owner:
+                raise ValueError(f"{name}: expected None with fusion={fusion!r}, got {given}")
         if at is not None:
             _attend(student, at)
         self.side: nn.Linear | None = None
         if fusion == "concat":
             assert phi is not None
-            _widen(student, maps or _number(phi, "maps"), first_weights)
+            extra = _number(phi, "maps") if maps is None else maps
+            _widen(student, getattr(phi, "channels", None), extra, first_weights)
         if fusion == "feature":
             assert phi is not None
             if not callable(getattr(phi, "explained", None)):
@@ -156,10 +164,10 @@ class ExplainedStudent(nn.Module):
         if self.fusion == "concat":
             return torch.cat([images, maps.to(images.dtype)], 1)
         if self.fusion == "gate":
-            return images * (1 + maps.mean(1, keepdim=True))
+            return (images * (1 + _mean(maps))).to(images.dtype)
         if self.fusion == "mask":
-            return images * maps.mean(1, keepdim=True)
-        return images
+            return (images * _mean(maps)).to(images.dtype)
+        return images.clone()  # which the student may change, where phi's backward pass needs it
 
     def freeze_phi(self, frozen: bool = True) -> None:
         """Keep phi as it is, running statistics included, while the rest is trained."""
@@ -200,14 +208,24 @@ class _Attending(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, *inputs: Any) -> Tensor:
-        features: Tensor = self.inner(*inputs)
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        features: Tensor = self.inner(*inputs, **options)
         maps = _MAP.get()
         if maps is None:
+            if in_backward():
+                raise RuntimeError(
+                    "at: this layer is run again by a checkpoint, which does not know phi's maps;"
+                    " expected a student without checkpoints around its layer at="
+                )
             return features
-        mean = maps.mean(1, keepdim=True).to(features.dtype)
         height, width = features.shape[2:]
-        return features * (1 + F.adaptive_avg_pool2d(mean, (height, width)))
+        gate = 1 + F.adaptive_avg_pool2d(_mean(maps), (height, width))
+        return (features * gate).to(features.dtype)
+
+
+def _mean(maps: Tensor) -> Tensor:
+    # Under autocast maps have 16 bits, in which one plus a map loses what tells it from another.
+    return maps.to(torch.promote_types(maps.dtype, torch.float32)).mean(1, keepdim=True)
 
 
 def _attend(student: nn.Module, at: str) -> None:
@@ -217,8 +235,11 @@ def _attend(student: nn.Module, at: str) -> None:
     setattr(student.get_submodule(parent), child, _Attending(layer))
 
 
-def _widen(student: nn.Module, extra: int, first_weights: str) -> None:
-    """Give the first convolution of ``student`` ``extra`` more channels to read."""
+def _widen(student: nn.Module, channels: int | None, extra: int, first_weights: str) -> None:
+    """Give the first convolution of ``student`` ``extra`` more channels to read.
+
+    It stays the module that it is, of whatever class, with its hooks and flags.
+    """
     check_counts(maps=extra)
     convolutions = [(n, m) for n, m in student.named_modules() if isinstance(m, nn.Conv2d)]
     if not convolutions:
@@ -231,27 +252,30 @@ def _widen(student: nn.Module, extra: int, first_weights: str) -> None:
         )
     if not name:
         raise ValueError("student: expected a classifier, got a convolution")
-    options: dict[str, Any] = {
-        option: getattr(old, option)
-        for option in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    }
-    new = nn.Conv2d(
+    if channels not in (None, old.in_channels):
+        raise ValueError(
+            f"student: its first convolution, {name!r}, takes {old.in_channels} channels, but phi"
+            f" {channels}; fusion='concat' widens the one that is given the images"
+        )
+    if not isinstance(old._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            f"student: its first convolution, {name!r}, is parametrised; fusion='concat' needs a"
+            " plain one"
+        )
+    wide = nn.Conv2d(
         old.in_channels + extra,
         old.out_channels,
+        kernel_size=(old.kernel_size[0], old.kernel_size[1]),
         bias=old.bias is not None,
         device=old.weight.device,
         dtype=old.weight.dtype,
-        **options,
-    )
+    ).weight
     with torch.no_grad():
-        new.weight[:, : old.in_channels] = old.weight
+        wide[:, : old.in_channels] = old.weight
         if first_weights == "zeros":
-            new.weight[:, old.in_channels :] = 0
-        if old.bias is not None and new.bias is not None:
-            new.bias.copy_(old.bias)
-    new.train(old.training)
-    parent, _, child = name.rpartition(".")
-    setattr(student.get_submodule(parent), child, new)
+            wide[:, old.in_channels :] = 0
+    old.weight = wide.requires_grad_(old.weight.requires_grad)
+    old.in_channels += extra
 
 
 def _number(phi: nn.Module, name: str) -> int:

@@ -89,6 +89,8 @@ class KDExplainer(nn.Module):
         check_counts(num_classes=num_classes, in_channels=in_channels, pooled=pooled, hidden=hidden)
         check_positive(routing_temperature=routing_temperature, head_std=head_std)
         check_number("dropout", dropout)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a share in [0, 1), got {dropout}")
         for name, given in (("levels", levels), ("widths", widths)):
             if not isinstance(given, Sequence):
                 raise TypeError(f"{name}: expected a sequence, got {type(given).__name__}")
@@ -105,7 +107,8 @@ class KDExplainer(nn.Module):
             )
         for width in chain.from_iterable(widths):
             check_counts(widths=width)
-        self.levels, self.routing_temperature = levels, routing_temperature
+        self.in_channels, self.levels = in_channels, levels
+        self.routing_temperature = routing_temperature
         self.temperature, self.fixed = 10.0, False
         self.stem: nn.Module = nn.Identity()
         if stem is not None:
@@ -139,6 +142,10 @@ class KDExplainer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_float("images", images)
+        if images.dim() != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images: expected [n, {self.in_channels}, h, w], got {list(images.shape)}"
+            )
         smallest = 2 ** len(self.levels)
         outputs = self.stem(images)
         if min(outputs.shape[-2:]) < smallest:

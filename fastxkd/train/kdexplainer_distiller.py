@@ -9,49 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastxkd.ops._checks import check_choice, check_counts, check_factors, check_positive
-from fastxkd.train.distiller import Batches, Distiller, TrainSettings, learning_rate
+from fastxkd.ops._checks import (
+    check_choice,
+    check_counts,
+    check_factors,
+    check_flags,
+    check_positive,
+)
+from fastxkd.train.distiller import Batches, Distiller, TrainSettings, expect, learning_rate
 from fastxkd.train.kdexplainer import KDExplainer
 from fastxkd.train.routing_tree import RoutingTree
 
 SCHEDULES = ("published", "cosine")
 
 
-class _Scheduled(Distiller):
-    """A :class:`Distiller` whose rates follow another schedule, one for each group of weights."""
-
-    student: KDExplainer
-
-    def __init__(
-        self,
-        student: KDExplainer,
-        batches: Batches,
-        settings: TrainSettings,
-        *,
-        own: dict[str, Any],
-        **options: Any,
-    ) -> None:
-        options["identity"] = {**(options.get("identity") or {}), **own}
-        super().__init__(student, batches, settings, **options)
-        self._optimizer.register_step_pre_hook(self._set_rates)
-
-    def rates(self, step: int) -> list[float]:
-        """Of each group, in the step of this number, from 0."""
-        raise NotImplementedError
-
-    def _set_rates(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        rates = self.rates(self._step)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    def _save(self) -> None:
-        # The trainer underneath has written the rates of its own schedule.
-        for record in self.history:
-            record["lr"] = self.rates(record["epoch"] * len(self.batches) - 1)[0]
-        super()._save()
-
-
-class KDExplainerDistiller(_Scheduled):
+class KDExplainerDistiller(Distiller):
     r"""The first stage: paths and weights of a :class:`KDExplainer` together, with Adam.
 
     The loss is that of :class:`Distiller`, with a teacher 0.1 cross-entropy and 0.9 T^2 KL; without
@@ -75,6 +47,8 @@ class KDExplainerDistiller(_Scheduled):
             do not fit.
     """
 
+    student: KDExplainer
+
     def __init__(
         self,
         student: KDExplainer,
@@ -95,13 +69,14 @@ class KDExplainerDistiller(_Scheduled):
             raise ValueError(f"routing_warmup: expected an int of 0 or more, got {routing_warmup}")
         self.routing_lr, self.routing_warmup = routing_lr, routing_warmup
         self.annealing, self.schedule = annealing, schedule
-        own = {
+        options["identity"] = {
+            **(options.get("identity") or {}),
             "routing_lr": routing_lr,
             "routing_warmup": routing_warmup,
             "annealing": annealing,
             "schedule": schedule,
         }
-        super().__init__(student, batches, settings, own=own, **options)
+        super().__init__(student, batches, settings, **options)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
@@ -131,7 +106,7 @@ class KDExplainerDistiller(_Scheduled):
         return super()._loss(images, labels, *more)
 
 
-class TreeDistiller(_Scheduled):
+class TreeDistiller(Distiller):
     """The second stage: the weights of a :class:`KDExplainer` whose tree is fixed, with SGD.
 
     Args:
@@ -148,6 +123,8 @@ class TreeDistiller(_Scheduled):
             that do not fit.
     """
 
+    student: KDExplainer
+
     def __init__(
         self,
         student: KDExplainer,
@@ -162,12 +139,13 @@ class TreeDistiller(_Scheduled):
         check_counts(halve_every=halve_every)
         check_choice("schedule", schedule, SCHEDULES)
         self.halve_every, self.schedule = halve_every, schedule
-        own = {
+        options["identity"] = {
+            **(options.get("identity") or {}),
             "halve_every": halve_every,
             "schedule": schedule,
             "tree": student.tree().to_json(),
         }
-        super().__init__(student, batches, settings, own=own, **options)
+        super().__init__(student, batches, settings, **options)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(
@@ -207,7 +185,7 @@ def train_kdexplainer(
     annealing: float = 10.0,
     halve_every: int = 30,
     schedule: str = "published",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     resume: bool = True,
     **options: Any,
 ) -> KDExplained:
@@ -229,8 +207,15 @@ def train_kdexplainer(
     Raises:
         ValueError, TypeError: as there.
     """
+    # Now, not once the first stage is over.
+    expect("settings", settings, TrainSettings)
+    check_positive(entropy_temperature=entropy_temperature)
+    check_counts(halve_every=halve_every)
+    check_flags(reset=reset, resume=resume)
     if tree_settings is None:
         tree_settings = dataclasses.replace(settings, lr=0.05)
+    expect("tree_settings", tree_settings, TrainSettings)
+    folder = None if folder is None else Path(folder)
     shared = {"teacher": teacher, **options}
     first = KDExplainerDistiller(
         student,

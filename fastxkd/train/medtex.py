@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastxkd.cam.capture import Tap, evaluating, resolve_layers
 from fastxkd.losses import VIDLoss
 from fastxkd.ops._checks import check_factors
-from fastxkd.train.distiller import Batches, Distiller, TrainSettings, _logits
+from fastxkd.train.distiller import Batches, Distiller, TrainSettings, _logits, expect
 from fastxkd.train.fusion import ExplainedStudent
 
 __all__ = ["MedTEXDistiller"]
@@ -65,8 +65,12 @@ class MedTEXDistiller(Distiller):
                 "student: expected an ExplainedStudent with a phi, such as"
                 " ExplainedStudent(student, ExplanationAutoencoder(channels), fusion='mask')"
             )
+        expect("teacher", teacher, nn.Module)
         check_factors(vid_weight=vid_weight, sparsity_weight=sparsity_weight)
-        self.layers = [(str(own), str(guide)) for own, guide in layers] if vid_weight else []
+        _check_pairs(layers)
+        if vid_options is not None and not isinstance(vid_options, Mapping):
+            raise TypeError(f"vid_options: expected a dict, got {type(vid_options).__name__}")
+        self.layers = [(own, guide) for own, guide in layers] if vid_weight else []
         self.vid_weight, self.sparsity_weight = vid_weight, sparsity_weight
         self._vid_options = dict(vid_options or {})
         told = {
@@ -135,6 +139,17 @@ class _Criterion(nn.Module):
     def __init__(self, kd: nn.Module, vid: Sequence[nn.Module]) -> None:
         super().__init__()
         self.kd, self.vid = kd, nn.ModuleList(vid)
+
+
+def _check_pairs(layers: Any) -> None:
+    if not isinstance(layers, (tuple, list)):
+        raise TypeError(f"layers: expected pairs of names, got {type(layers).__name__}")
+    for pair in layers:
+        if not isinstance(pair, (tuple, list)) or [type(name) for name in pair] != [str, str]:
+            raise ValueError(
+                "layers: expected pairs of names, of the student's and the teacher's layer, got"
+                f" {pair!r}"
+            )
 
 
 def _tap(model: nn.Module, names: Sequence[str], argument: str) -> Tap:

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastxkd.cam.maps import METHODS, cam_from
-from fastxkd.metrics.agreement import MEASURES
+from fastxkd.cam.maps import METHODS
 from fastxkd.metrics.pooling import compared
-from fastxkd.ops._checks import check_counts
+from fastxkd.ops._checks import check_choice, check_counts
+from fastxkd.train._agreement import AGREEMENTS, Agreement
+from fastxkd.train._asked import Layer, metrics_of, places_of
 from fastxkd.train._lane import Lane
 from fastxkd.train._log import Draft, Log, Record
 from fastxkd.train._pool import Pool
@@ -25,16 +26,8 @@ from fastxkd.train._watch import Precision, Seen, Side, Watch, explained
 from fastxkd.train.checkpoint import check_settings
 from fastxkd.train.sinks import Sink, open_sinks
 
-METRICS = ("agreement", "fss", "rs", "unicam")
-# A layer's maps may have few positions: none for the windows of ssim.
-AGREEMENTS = tuple(name for name in MEASURES if name != "ssim")
 # Pictures that are kept; of more, every second goes.
 MOST_FRAMES = 64
-# Batches in a row whose maps are zero, before somebody is told.
-BLANK_TIMES = 3
-_GUIDED = ("student", "teacher")
-
-Layer = str | nn.Module
 
 
 class _Batch(NamedTuple):
@@ -158,9 +151,9 @@ class ExplanationMonitor:
         logits: Callable[[Any], Tensor] | None = None,
         rank: int | None = 0,
     ) -> None:
-        metrics = _metrics(metrics, base is not None)
-        _one_of("method", method, [m for m in METHODS if m != "weights"])
-        _one_of("agreement", agreement, AGREEMENTS)
+        metrics = metrics_of(metrics, base is not None)
+        check_choice("method", method, [m for m in METHODS if m != "weights"])
+        check_choice("agreement", agreement, AGREEMENTS)
         check_counts(
             every=every,
             pool=pool,
@@ -170,7 +163,7 @@ class ExplanationMonitor:
         if pool < 4:
             raise ValueError(f"pool: expected at least 4 images for distances, got {pool}")
         models = {"student": student, "teacher": teacher} | ({} if base is None else {"base": base})
-        places = _places(layers, list(models))
+        places = places_of(layers, list(models))
         self.every, self.probe_every = every, probe_every or 10 * every
         self.method, self.metrics, self.agreement, self.rank = method, metrics, agreement, rank
         self.layers = list(places)
@@ -189,6 +182,7 @@ class ExplanationMonitor:
         }
         self.probe = None if probe is None else Probe(probe, self._sides, method, mean, std)
         self._width = width
+        self._maps = Agreement(self._sides, method, agreement)
         self._explains = "agreement" in metrics
         self._asks_labels = "rs" in metrics or "unicam" in metrics
         self._pool = Pool(
@@ -213,8 +207,6 @@ class ExplanationMonitor:
         self._pictured: int | None = None
         self._warned = False
         self._went_back = False
-        self._single: set[str] = set()  # layers that were told of
-        self._blank: dict[tuple[str, str], int] = {}  # batches in a row without a map
 
     @property
     def history(self) -> list[Record]:
@@ -417,7 +409,6 @@ class ExplanationMonitor:
             pulls["teacher"] = self._sides["teacher"].gradients(guide, target)
         self._measured += 1
         found: dict[str, Tensor] = {}
-        compared_maps: list[str] = []
         activations = [a for seen in passes.values() for a in seen.activations.values()]
         gradients = [*pulls["student"], *pulls["teacher"]]
         lane = self._lane_of(batch.seen.logits.device)
@@ -432,31 +423,19 @@ class ExplanationMonitor:
                     for role, seen in passes.items()
                 }
                 if self._explains:
-                    _check_spatial(name, spatial)
-                if self._explains and self._has_positions(name, spatial):
-                    shapes = {role: spatial[role].shape[2:] for role in pulls}
-                    size = tuple(map(max, zip(*shapes.values(), strict=True)))
-                    maps = {
-                        role: self._map(
-                            role, name, spatial[role], pulls[role][i], passes[role], size
-                        )
-                        for role in pulls
-                    }
-                    agree = MEASURES[self.agreement](maps["student"], maps["teacher"])
-                    compared_maps.append(name)
-                    found[f"{name}/agreement"] = agree.mean()
-                    largest = [maps[role].abs().amax() for role in _GUIDED]
-                    found[f"{name}/largest"] = torch.stack(largest)
+                    pulled = {role: gradients[i] for role, gradients in pulls.items()}
+                    found |= self._maps.of(name, spatial, pulled, passes)
                 if self._compares:
                     for role, features in spatial.items():
                         found[f"{name}/{role}"] = compared(features, self._width)
             if self._asks_labels and batch.labels is not None:
                 found["labels"] = batch.labels
             parcel = lane.send(found)
+        explained_layers = [name for name in self.layers if f"{name}/largest" in found]
 
         def arrived(draft: Draft, tensors: dict[str, Tensor]) -> None:
-            for name in compared_maps:
-                self._look_for_blank_maps(name, tensors.pop(f"{name}/largest").tolist())
+            for name in explained_layers:
+                self._maps.look_for_blank_maps(name, tensors.pop(f"{name}/largest").tolist())
                 name = f"{name}/agreement"
                 draft.add(name, float(tensors.pop(name)), n)
             for name, score in (self._pool.add(tensors) if self._compares else {}).items():
@@ -464,49 +443,6 @@ class ExplanationMonitor:
 
         assert self._step is not None
         self._log.expect(self._step, parcel, arrived)
-
-    def _has_positions(self, name: str, spatial: Mapping[str, Tensor]) -> bool:
-        """Whether there is more than one, else a map would be one number divided by itself."""
-        alone = [role for role in _GUIDED if spatial[role].shape[2:].numel() == 1]
-        if alone and name not in self._single:
-            self._single.add(name)
-            warnings.warn(
-                f"ExplanationMonitor: layer {name!r} of the {alone[0]} has a single position for"
-                " these images: there are no maps to agree; take one further to the front",
-                stacklevel=2,
-            )
-        return not alone
-
-    def _look_for_blank_maps(self, name: str, largest: Sequence[float]) -> None:
-        """Tell of a layer none of whose positions speak for any class, however often they are
-        asked: a head that begins with zeros has a gradient soon."""
-        for role, value in zip(_GUIDED, largest, strict=True):
-            times = self._blank.get((name, role), 0) + 1 if value == 0 else 0
-            self._blank[name, role] = times
-            if times == BLANK_TIMES:
-                warnings.warn(
-                    f"ExplanationMonitor: the maps of layer {name!r} of the {role} were zero for"
-                    f" {times} batches: no gradient comes from the logits to its positions, or"
-                    " none that speaks for the class. Of a transformer with a class token, take"
-                    " what its last attention reads (such as blocks.11.norm1)",
-                    stacklevel=2,
-                )
-
-    def _map(
-        self,
-        role: str,
-        name: str,
-        spatial: Tensor,
-        gradient: Tensor,
-        seen: Seen,
-        size: tuple[int, ...],
-    ) -> Tensor:
-        pull = self._sides[role].spatial(gradient, seen, name)
-        # 16 bits hold neither the map nor, of many positions, the gradient.
-        exact = torch.promote_types(torch.float32, spatial.dtype)
-        given = None if self.method == "eigencam" else pull.to(exact)
-        maps = cam_from(spatial.to(exact), given, self.method, size)
-        return maps.flatten(2) if maps.dim() > 3 else maps
 
     def _lane_of(self, device: torch.device) -> Lane:
         if self._lane is None or self._lane.device != device:
@@ -613,63 +549,6 @@ class ExplanationMonitor:
         return write_film(self, path)
 
 
-def _check_spatial(name: str, found: Mapping[str, Tensor]) -> None:
-    for role, spatial in found.items():
-        if spatial.dim() not in (4, 5):
-            raise ValueError(
-                f"layers: {name!r} of the {role}: expected spatial activations [n, channels,"
-                f" height, width], got {list(spatial.shape)}; use reshape_transform for token"
-                " layouts, or metrics= without agreement"
-            )
-
-
 def _without_graph(seen: Seen) -> Seen:
     activations = {name: a.detach() for name, a in seen.activations.items()}
     return seen._replace(activations=activations, logits=seen.logits.detach())
-
-
-def _metrics(given: Sequence[str] | None, base: bool) -> tuple[str, ...]:
-    if given is None:
-        return METRICS if base else METRICS[:-1]
-    metrics = (given,) if isinstance(given, str) else tuple(given)
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(
-            f"metrics: expected one or more of {', '.join(METRICS)}, got"
-            f" {', '.join(map(repr, metrics)) or 'none'}"
-        )
-    if "unicam" in metrics and not base:
-        raise ValueError("metrics: unicam compares the student with a base; pass base=")
-    return tuple(name for name in METRICS if name in metrics)
-
-
-def _places(
-    layers: Mapping[str, Layer | Sequence[Layer]] | Sequence[str] | str, roles: list[str]
-) -> dict[str, dict[str, Layer]]:
-    """A layer's name to role to its place in that model."""
-    if isinstance(layers, str):
-        layers = [layers]
-    named: Mapping[str, Any] = (
-        layers if isinstance(layers, Mapping) else {name: name for name in layers}
-    )
-    places = {}
-    for name, given in named.items():
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"layers: expected names for them, got {name!r}")
-        each = [given] * len(roles) if isinstance(given, str) else given
-        each = [each] if isinstance(each, nn.Module) else [*each]
-        if len(each) == 2 and len(roles) == 3:
-            each.append(each[0])  # a base is most often the student's twin
-        if len(each) != len(roles):
-            raise ValueError(
-                f"layers: expected {name!r} in {', '.join(roles)}, got {len(each)} places"
-            )
-        places[name] = dict(zip(roles, each, strict=True))
-    if not places:
-        raise ValueError("layers: expected at least one layer, got none")
-    return places
-
-
-def _one_of(name: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

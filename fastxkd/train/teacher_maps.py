@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from fastxkd.cam.gradient import (
     XGradCAM,
 )
 from fastxkd.cam.perturbation import AblationCAM, ScoreCAM
-from fastxkd.ops._checks import check_choice, check_counts, check_logits
+from fastxkd.ops._checks import check_choice, check_counts, check_float, check_logits
 
 __all__ = ["EXPLAINERS", "TeacherExplanations"]
 
@@ -58,6 +59,13 @@ EXPLAINERS = (*_CAMS, *_ATTRIBUTIONS)
 JOINS = ("concat", "mean")
 
 
+def _options(name: str) -> list[str]:
+    """Of an explainer, but for what is random, which ``seed`` decides."""
+    explain: Any = _CAMS.get(name) or _ATTRIBUTIONS[name]
+    own = inspect.signature(explain).parameters.values()
+    return [p.name for p in own if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+
+
 class TeacherExplanations:
     """Images to maps ``[n, k, h, w]`` in [0, 1] of why the teacher answers as it does.
 
@@ -74,6 +82,7 @@ class TeacherExplanations:
         sign: of pixel attributions: ``"absolute"`` or ``"positive"``.
         options: explainer to further arguments of its function or class, plain values:
             ``{"integrated_gradients": {"steps": 20}}``.
+        batch_size: how many images, or variants of them, the teacher sees at once.
         seed: of what gradient SHAP draws; a call without ``draw`` draws the same each time.
 
     Raises:
@@ -99,6 +108,12 @@ class TeacherExplanations:
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
+        if options is not None and not (
+            isinstance(options, Mapping) and all(isinstance(o, Mapping) for o in options.values())
+        ):
+            raise TypeError(f"options: expected explainers to their options, got {options!r}")
+        if not isinstance(explainers, (str, tuple, list)):
+            raise TypeError(f"explainers: expected names, got {type(explainers).__name__}")
         self.explainers = (explainers,) if isinstance(explainers, str) else tuple(explainers)
         unknown = [name for name in self.explainers if name not in EXPLAINERS]
         if unknown or not self.explainers or len(set(self.explainers)) < len(self.explainers):
@@ -113,6 +128,17 @@ class TeacherExplanations:
         others = [name for name in self.options if name not in self.explainers]
         if others:
             raise ValueError(f"options: {others[0]!r} is not one of the explainers")
+        for name, given in self.options.items():
+            known = _options(name)
+            wrong = [option for option in given if option not in known]
+            if wrong:
+                raise ValueError(
+                    f"options: {name} takes {', '.join(known)}, got {', '.join(map(repr, wrong))}"
+                )
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher: expected a module, got {type(teacher).__name__}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
         self.teacher, self.join, self.sign, self.seed = teacher, join, sign, seed
         self.batch_size = batch_size
         self._cams: dict[str, Explainer] = {}
@@ -122,9 +148,8 @@ class TeacherExplanations:
             if target_layers is None:
                 raise ValueError(f"target_layers: {name} needs the teacher's layer, got None")
             make: Any = _CAMS[name]
-            self._cams[name] = make(
-                teacher, target_layers, batch_size=batch_size, **self.options.get(name, {})
-            )
+            chosen = {"batch_size": batch_size, **self.options.get(name, {})}
+            self._cams[name] = make(teacher, target_layers, **chosen)
 
     @property
     def maps(self) -> int:
@@ -151,27 +176,34 @@ class TeacherExplanations:
         Returns:
             ``[n, k, h, w]`` float32, on the images' device.
         """
+        check_float("images", images)
         if targets is None:
-            with torch.no_grad(), evaluating(self.teacher):
-                logits = self.teacher(images)
-            check_logits("teacher", logits, images)
-            targets = logits.argmax(1)
+            targets = torch.cat([self._choice(part) for part in self._parts(images)])
         found = torch.stack([self._map(name, images, targets, draw) for name in self.explainers], 1)
         found = found.float()
         return found.mean(1, keepdim=True) if self.join == "mean" else found
 
+    def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.split(self.batch_size)
+
+    def _choice(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), evaluating(self.teacher):
+            # A copy, which the teacher may change as it likes.
+            logits = self.teacher(images.clone())
+        check_logits("teacher", logits, images)
+        return logits.argmax(1)
+
     def _map(self, name: str, images: Tensor, targets: Tensor, draw: int | None) -> Tensor:
         if name in self._cams:
+            parts = zip(self._parts(images), self._parts(targets), strict=True)
             with self._cams[name] as cam:
-                maps: Tensor = cam(images, targets)
-            return maps
+                return torch.cat([cam(part.clone(), given) for part, given in parts])
         options: dict[str, Any] = dict(self.options.get(name, {}))
         if name == "gradient_shap":
             generator = torch.Generator()
             generator.manual_seed((self.seed * 1_000_003 + (draw or 0)) & 0x7FFF_FFFF_FFFF_FFFF)
             options["generator"] = generator
-        if name != "input_x_gradient":
-            options.setdefault("batch_size", self.batch_size)
+        options.setdefault("batch_size", self.batch_size)
         attributions = _ATTRIBUTIONS[name](self.teacher, images, targets, **options)
         return attribution_maps(attributions, sign=self.sign)
 

@@ -41,10 +41,12 @@ class VirtualAttention(nn.Module):
         temperature: tau.
         layers: names or modules; None: all convolutions (1-D, 2-D and 3-D) with at least ``groups``
             input channels a group of their own, which leaves out depthwise ones and the first.
+            Those that share their weight with another layer are left out as well.
 
     Raises:
-        ValueError, TypeError: no such layers, a layer that is no convolution or has fewer input
-            channels than ``groups``; a convolution that is parametrised already.
+        ValueError, TypeError: no such layers, a layer that is no convolution, has fewer input
+            channels than ``groups`` or shares its weight; a convolution that is parametrised
+            already.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.BatchNorm2d(8))
@@ -208,9 +210,11 @@ def _restore(convolution: Any) -> None:
     original.copy_(weight)
     del convolution._modules["parametrizations"]
     convolution.__class__ = type(convolution).__bases__[0]
-    # Before the bias, as it was: files whose names differ are read in order.
-    bias = convolution._parameters.pop("bias")
-    convolution._parameters.update(weight=original, bias=bias)
+    # In front of the bias and whatever else there is, as it was: files whose names differ are read
+    # in order.
+    others = dict(convolution._parameters)
+    convolution._parameters.clear()
+    convolution._parameters.update(weight=original, **others)
 
 
 def _convolutions(model: Any, groups: int, layers: Any) -> list[str]:
@@ -218,6 +222,7 @@ def _convolutions(model: Any, groups: int, layers: Any) -> list[str]:
         raise TypeError(f"model: expected a Module, got {type(model).__name__}")
     named = layers is not None
     modules = resolve_layers(model, layers, "layers") if named else dict(model.named_modules())
+    weights = [id(weight) for owner in model.modules() for weight in owner._parameters.values()]
     found = []
     for name, module in modules.items():
         if not isinstance(module, CONVOLUTIONS):
@@ -235,9 +240,18 @@ def _convolutions(model: Any, groups: int, layers: Any) -> list[str]:
                     f" group of a convolution's own, {name!r} has {inputs}"
                 )
             continue
-        if parametrize.is_parametrized(module):
+        weight = module._parameters.get("weight")
+        if weight is None or parametrize.is_parametrized(module):
             raise ValueError(f"model: {name!r} is parametrised already")
+        # One weight cannot hold the attentions of two layers.
+        if weights.count(id(weight)) > 1:
+            if named:
+                raise ValueError(f"layers: {name!r} shares its weight with another layer")
+            continue
         found.append(name)
     if not found:
-        raise ValueError(f"model: expected a convolution with at least {groups} input channels")
+        raise ValueError(
+            f"model: expected a convolution with at least {groups} input channels and a weight of"
+            " its own"
+        )
     return found

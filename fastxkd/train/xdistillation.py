@@ -15,7 +15,7 @@ from fastxkd.cam.capture import capture, resolve_layers
 from fastxkd.losses import e2kd_loss
 from fastxkd.ops._checks import check_factors, check_flags, check_positive
 from fastxkd.train.autoencoder import explanation_loss
-from fastxkd.train.distiller import Batches, Distiller, Progress, TrainSettings, _logits
+from fastxkd.train.distiller import Batches, Distiller, Progress, TrainSettings, _logits, expect
 from fastxkd.train.fusion import ExplainedStudent
 
 __all__ = ["XDistiller"]
@@ -55,7 +55,8 @@ class XDistiller(Distiller):
         match_weight: of the student's own Grad-CAM of the teacher's first choice, as it deviates
             from the first of the teacher's maps.
         match_layer: for that, the student's layer, such as ``student.stage4``.
-        freeze_phi: keep phi as the first stage left it, running statistics included (ablation).
+        freeze_phi: keep phi as the first stage left it, running statistics included (ablation);
+            with ``phi_epochs=0``, one that was trained before as it came.
         evaluate, device, checkpoint, checkpoint_seconds, identity, stage, progress, on_step: as
             for :class:`Distiller`. The first stage keeps its own checkpoint beside ``checkpoint``,
             ``NAME-phi``. ``on_step`` hears of the second stage.
@@ -63,7 +64,8 @@ class XDistiller(Distiller):
     Stopping in either stage and resuming gives the same weights, bit for bit.
 
     Raises:
-        ValueError, TypeError: options out of range, batches without maps.
+        ValueError, TypeError: options out of range, batches without maps, a student whose phi was
+            frozen and would be trained.
     """
 
     student: ExplainedStudent
@@ -96,6 +98,7 @@ class XDistiller(Distiller):
                 f"student: expected an ExplainedStudent, got {type(student).__name__}; wrap it:"
                 " ExplainedStudent(student, ExplanationAutoencoder(channels, maps))"
             )
+        expect("teacher", teacher, nn.Module)
         check_factors(
             explanation_weight=explanation_weight,
             ssim_weight=ssim_weight,
@@ -113,6 +116,11 @@ class XDistiller(Distiller):
         check_flags(freeze_phi=freeze_phi)
         if isinstance(phi_epochs, bool) or not isinstance(phi_epochs, int) or phi_epochs < 0:
             raise ValueError(f"phi_epochs: expected 0 or more, got {phi_epochs!r}")
+        if student.phi_frozen and (phi_epochs or not freeze_phi):
+            raise ValueError(
+                "student: its phi is frozen, expected freeze_phi=True and phi_epochs=0; to train"
+                " it, call student.freeze_phi(False)"
+            )
         self.explanation_weight, self.ssim_weight = explanation_weight, ssim_weight
         self.freeze_phi = freeze_phi and student.phi is not None
         own = {
@@ -172,29 +180,30 @@ class XDistiller(Distiller):
         Returns, raises: as :meth:`Distiller.fit`, of the second stage.
         """
         further = resume and self.checkpoint is not None and self.checkpoint.exists()
-        if self.student.phi is not None:
-            self.student.freeze_phi(False)
         if self._first is not None and not (further and not _exists(self._first.checkpoint)):
             self._first.fit(resume=resume)
         if not self.freeze_phi:
             return super().fit(resume=resume)
+        frozen = self.student.phi_frozen
         self.student.freeze_phi()
         try:
             return super().fit(resume=resume)
         finally:
-            self.student.freeze_phi(False)
+            self.student.freeze_phi(frozen)
 
     def _loss(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
-        own = capture(self.student, self.match_layer) if self.match_layer else None
+        own = None
+        if self.match_weight and self.match_layer is not None:
+            own = capture(self.student, self.match_layer)
         with self._autocast(), own or nullcontext():
-            logits, maps = self.student.explained(images)
+            logits, maps = self.student.explained(images.clone())  # as in Distiller
         logits, guidance = _logits(logits, self.stage), self._guidance(images)
         loss: Tensor = self._criterion(logits.float(), guidance.float(), labels)
         if maps is not None and not self.freeze_phi and self.explanation_weight:
             wanted = _target(more, maps)
             explained = explanation_loss(maps.float(), wanted, ssim_weight=self.ssim_weight)
             loss = loss + self.explanation_weight * explained
-        if self.match_weight and own is not None:
+        if own is not None:
             height, width = images.shape[2:]
             cam = own.cam(
                 score=logits.gather(1, guidance.argmax(1, keepdim=True)).sum(),

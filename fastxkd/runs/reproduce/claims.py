@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,12 +128,27 @@ class Claim:
             "paper": self.paper,
             "measured": self.measured,
             "unit": self.unit,
+            "digits": self.digits,
             "note": self.note,
             "rule": self.rule(),
             "confidence": CONFIDENCE,
             "parts": [_part(part) for part in self.parts],
             "verdict": self.verdict(),
         }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Claim:
+        """What :meth:`to_json` wrote."""
+        plain = ("id", "statement", "paper", "measured", "note", "unit", "digits")
+        parts = [
+            Part(
+                part["name"],
+                [math.nan if value is None else value for value in part["values"]],
+                *(part[name] for name in ("side", "bound", "decides", "level")),
+            )
+            for part in content["parts"]
+        ]
+        return cls(parts=parts, **{name: content[name] for name in plain})
 
 
 def _part(part: Part) -> dict[str, Any]:

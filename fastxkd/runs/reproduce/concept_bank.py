@@ -8,6 +8,7 @@ per picture, unmirrored: that is an interpretation of teaching.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ FEATURES, POSITIONS = 1280, 7
 # Every so many-th stamp of a category is kept for the test pictures.
 _HELD_OUT = 4
 _BATCH = 32
+_log = logging.getLogger("fastxkd")
 
 
 class ComposedPart(ComposedConcepts):
@@ -41,12 +43,12 @@ class ComposedPart(ComposedConcepts):
     def __init__(self, count: int, *, held_out: bool, seed: int, stamps: Path | None) -> None:
         settings = Settings(image_size=TEACHER_SIDE)
         super().__init__(count, seed=seed, stamps=stamps, mask_size=MASK_SIDE, settings=settings)
-        self._stamps = [
+        self.cutouts = [
             [stamp for place, stamp in enumerate(found) if (place % _HELD_OUT == 1) == held_out]
-            for found in self._stamps
+            for found in self.cutouts
         ]
         short = [
-            name for name, found in zip(self.classes or (), self._stamps, strict=True) if not found
+            name for name, found in zip(self.classes or (), self.cutouts, strict=True) if not found
         ]
         if short:
             raise ValueError(f"stamps: too few of {short[0]} in {self.root} to hold some out")
@@ -125,12 +127,15 @@ class ConceptBanks:
         """The bank, from the file in folder ``place`` or made and put there."""
         if part not in self._loaded:
             file = place / f"{part}-{digest(self.facts())}.safetensors"
-            safe = require("safetensors.torch", extra="cli")
-            if not file.is_file():
-                make_folders(place)
+            bank = _stored(file)
+            if bank is None:
                 made = vars(self._make(part, tick))
-                put(file, safe.save({name: t.contiguous() for name, t in made.items()}), "bank")
-            self._loaded[part] = Bank(**safe.load_file(file))
+                # As another start will find them in the file.
+                content = {name: tensor.contiguous() for name, tensor in made.items()}
+                make_folders(place)
+                put(file, require("safetensors.torch", extra="cli").save(content), "bank")
+                bank = Bank(**content)
+            self._loaded[part] = bank
         return self._loaded[part]
 
     def _make(self, part: str, tick: Callable[[int, int], None]) -> Bank:
@@ -158,6 +163,19 @@ class ConceptBanks:
             torch.cat(attention),
             torch.cat(masks) if masks else empty,
         )
+
+
+def _stored(file: Path) -> Bank | None:
+    """None where there is no file, or one to be made again: it follows from the facts in its name,
+    and nobody else writes in the folder of a reproduction."""
+    if not file.is_file():
+        return None
+    error = require("safetensors", extra="cli").SafetensorError
+    try:
+        return Bank(**require("safetensors.torch", extra="cli").load_file(file))
+    except (error, TypeError) as damage:
+        _log.warning("%s is damaged (%s); its pictures are made again", file, damage)
+        return None
 
 
 def published_weights() -> Path:

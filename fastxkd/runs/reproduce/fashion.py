@@ -33,7 +33,7 @@ class Size:
     """
 
     train_images: int | None = None
-    epochs: int = 6
+    epochs: int = 4
     batch_size: int = 64
     lr: float = 0.05
     widths: Mapping[str, Widths] = field(
@@ -73,7 +73,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(train_images=6000, epochs=4)
+QUICK = Size(train_images=6000)
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,12 @@ class Ledger:
         mark = out / RUN
         if mark.exists():
             try:
-                stored = json.loads(read_regular(mark, 1 << 20))["reproduce"]
-                check_settings(stored, settings, f"the reproduction in {out}")
-            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                stored = dict(json.loads(read_regular(mark, 1 << 20))["reproduce"])
+            except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"out: {mark} is no reproduction's ({error}); choose another folder"
                 ) from error
+            check_settings(stored, settings, f"the reproduction in {out}")
         refuse_strangers(out, OURS if mark.exists() else (LOCK,))
         make_folders(out)
         self._lock = Lock(out / LOCK)
@@ -79,10 +79,13 @@ class Ledger:
             numbers.append(int(path.stem) if path.stem.isdecimal() else 0)
             for number, _, line in _lines(path):
                 try:
-                    entry = json.loads(line)
-                    self._known[entry["key"]] = entry
+                    entry = _entry(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path}: line {number} is damaged ({error})") from error
+                    raise ValueError(
+                        f"{path}: line {number} is damaged ({error}); remove the line, and what "
+                        "it was about is done again"
+                    ) from error
+                self._known[entry["key"]] = entry
         self._log: Log | None = None
         self._next = out / JOURNAL / f"{max(numbers) + 1:04d}.jsonl"
 
@@ -109,9 +112,9 @@ class Ledger:
                 return None
         return entry
 
-    def has(self, key: str) -> bool:
-        """Whether anything was recorded under ``key``, whatever it was made from."""
-        return key in self._known
+    def last(self, key: str) -> dict[str, Any] | None:
+        """What was recorded under ``key`` at last, whatever it was made from."""
+        return self._known.get(key)
 
     def seconds(self) -> dict[str, list[float]]:
         """How long finished work of each kind took."""
@@ -169,3 +172,13 @@ class Ledger:
         """A place for a file that can be made again, its folder made."""
         make_folders(self.out / CACHE)
         return self.out / CACHE / name
+
+
+def _entry(found: Any) -> dict[str, Any]:
+    """What was read from a line, if it is of a model or of a measurement."""
+    kinds: dict[str, Any] = {"key": str, "kind": str, "facts": str, "seconds": (int, float)}
+    kinds |= {"values": dict} if "values" in found else {"fingerprint": str, "file": list}
+    for name, kind in kinds.items():
+        if not isinstance(found[name], kind):
+            raise TypeError(f"{name} is {found[name]!r}")
+    return dict(found)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastxkd._extras import require
+from fastxkd.pages import page as pages
 from fastxkd.runs.durable import put
-from fastxkd.runs.report import SCRIPT
 from fastxkd.runs.reproduce.claims import FAILS, HOLDS, Claim, Part
 from fastxkd.runs.reproduce.table import METHOD, TITLES, Outcome, facts_of, summary
 
@@ -28,18 +24,8 @@ def write_page(outcome: Outcome, path: Path) -> None:
 
 
 def render_page(outcome: Outcome) -> str:
-    jinja2 = require("jinja2", extra="report")
-    markup = require("markupsafe", extra="report").Markup
-    folder = resources.files("fastxkd.runs")
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    digest = hashlib.sha256(SCRIPT.encode()).digest()
-    page: str = environment.get_template("claims.html.j2").render(
+    return pages.render_page(
+        "claims.html.j2",
         title=f"Of {len(outcome.claims)} claims {summary(outcome)}",
         studies=[
             (study, TITLES.get(study, study), [_card(claim) for claim in claims])
@@ -53,12 +39,7 @@ def render_page(outcome: Outcome) -> str:
             {k: v for k, v in outcome.settings.items() if k not in ("notices", "remark")}
         ),
         facts=facts_of(outcome.facts),
-        legend="",
-        opacity=0,
-        script=markup(SCRIPT),
-        script_hash="sha256-" + base64.b64encode(digest).decode("ascii"),
     )
-    return page
 
 
 def _card(claim: Claim) -> dict[str, Any]:

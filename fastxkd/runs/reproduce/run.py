@@ -13,9 +13,9 @@ import torch
 
 import fastxkd
 from fastxkd._extras import require
+from fastxkd.pages.numbers import seconds as duration
 from fastxkd.runs.data import ImageData, fashion_mnist_folder, load_data
 from fastxkd.runs.distill import pick_device
-from fastxkd.runs.numbers import seconds as duration
 from fastxkd.runs.reproduce import fashion, interpretability, unicam, xdistillation
 from fastxkd.runs.reproduce.claims import Claim
 from fastxkd.runs.reproduce.ledger import Ledger
@@ -83,8 +83,11 @@ def reproduce(
         require(module, extra="cli")
     where = pick_device(device)
     pictures_alone = names == ["interpretability"]
-    spec, remark = (data or FULL_SET, "") if pictures_alone else choose_data(data, quick)
-    images = None if pictures_alone else load_data(spec)
+    if pictures_alone and not quick:
+        data = data or FULL_SET
+    spec, remark = choose_data(data, quick)
+    # Pictures alone need no other data; the folder is marked with what another study would take.
+    images, remark = (None, "") if pictures_alone else (load_data(spec), remark)
     if remark:
         say(remark)
     settings = {"quick": quick, "data": spec}

@@ -77,7 +77,7 @@ def work_through(tasks: Sequence[Task], context: Context) -> dict[str, dict[str,
     trainings = {task.key: task for task in tasks if isinstance(task, Training)}
     ledger, watch = context.ledger, context.watch
     done: dict[str, dict[str, Any]] = {}
-    pending = [task for task in tasks if not ledger.has(task.key)]
+    pending = _pending(tasks, ledger)
     watch.plan(tasks, pending, costs(pending, trainings, context))
     for task in tasks:
         facts = _facts(task, done)
@@ -105,6 +105,17 @@ def work_through(tasks: Sequence[Task], context: Context) -> dict[str, dict[str,
         for key, entry in done.items()
         if "values" in entry
     }
+
+
+def _pending(tasks: Sequence[Task], ledger: Ledger) -> list[Task]:
+    """What is to be done, if a model that is trained anew comes out as it was."""
+    last = {task.key: entry for task in tasks if (entry := ledger.last(task.key)) is not None}
+    return [
+        task
+        for task in tasks
+        if not all(key in last for key in task.needs)
+        or ledger.known(task.key, _facts(task, last)) is None
+    ]
 
 
 def _train(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastxkd.runs.numbers import count, seconds
+from fastxkd.pages.numbers import count, seconds
 from fastxkd.runs.progress import LINE_SECONDS
 from fastxkd.train import Progress
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastxkd.runs.reproduce.claims import Claim, Part
 from fastxkd.runs.reproduce.statistics import differences
 
 NAME = "xdistillation"
+# The student whose own map is a part of its loss as well.
+HELD = "own map held"
 _AGREEMENTS = ("cosine", "pearson", "ssim", "top_10")
 # Plain distillation gains less than this: then it does not inherit explanations.
 INHERITED = 0.05
@@ -122,4 +124,30 @@ def claims_of(seeds: Sequence[Mapping[str, float]]) -> list[Claim]:
             note="The paper's ablations are not known.",
         ),
     ]
-    return found
+    return [*found, *_held(gain, level)]
+
+
+def _held(gain: Callable[..., Part], level: Callable[[str, str], Part]) -> list[Claim]:
+    """The same two questions of a student whose own map is held to the teacher's."""
+    note = "Not the paper's: beside all of it, e2KD's term (Parchami-Araghi et al. 2024)."
+    return [
+        Claim(
+            f"{NAME}.held-similarity",
+            "Where its own map is a part of the loss as well, the student explains more like the "
+            "teacher than that of plain distillation.",
+            "",
+            "similarity to the teacher's maps, own map held - plain distillation",
+            [*(gain(HELD, "kd", what) for what in _AGREEMENTS), level(HELD, "cosine")],
+            note=note,
+        ),
+        Claim(
+            f"{NAME}.held-accuracy-kept",
+            "That costs no accuracy: at most half a point against plain distillation.",
+            "",
+            "accuracy, own map held - plain distillation",
+            [gain(HELD, "kd", "accuracy", bound=-0.005), level(HELD, "accuracy")],
+            note=note,
+            unit="points",
+            digits=2,
+        ),
+    ]

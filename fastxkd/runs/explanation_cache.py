@@ -70,9 +70,14 @@ class ExplanationCache:
     ) -> None:
         check_counts(count=count, chunk=chunk)
         check_choice("dtype", dtype, DTYPES)
+        for name, pair in (("image_size", image_size), ("size", size or image_size)):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(f"{name}: expected (h, w), got {pair!r}")
+            for side in pair:
+                check_counts(**{name: side})
         self.folder, self.explanations = Path(folder), explanations
-        self.image_size = (int(image_size[0]), int(image_size[1]))
-        stored = self.image_size if size is None else (int(size[0]), int(size[1]))
+        self.image_size = (image_size[0], image_size[1])
+        stored = (size or image_size)[:2]
         self.shape = (count, explanations.maps, *stored)
         self.chunk, self.dtype = chunk, np.dtype(dtype)
         identity: dict[str, Any] = {
@@ -119,7 +124,7 @@ class ExplanationCache:
             How many images were explained now.
 
         Raises:
-            ValueError: another process is at it.
+            ValueError: another process is at it; maps with NaN.
             OSError: the disk is full, or the like; what was written before stays.
         """
         lock = Lock(self.folder / ".lock")
@@ -140,6 +145,13 @@ class ExplanationCache:
             maps = np.zeros((rows.stop - rows.start, *self.shape[1:]), self.dtype)
             if len(images):
                 found = self.explanations(images, draw=number)
+                wrong = ~found.flatten(1).isfinite().all(1)
+                if bool(wrong.any()):
+                    index = int(np.asarray(kept)[int(wrong.nonzero()[0])])
+                    raise ValueError(
+                        f"explanations: those of image {index} are not finite; is the image, and"
+                        " is what the teacher answers?"
+                    )
                 if found.shape[2:] != self.shape[2:]:
                     found = _resized(found, (self.shape[2], self.shape[3]))
                 maps[np.asarray(kept) - rows.start] = found.cpu().numpy().astype(self.dtype)
@@ -153,14 +165,17 @@ class ExplanationCache:
         """Maps of the images at ``indices``, float32 ``[m, k, h, w]`` on the CPU.
 
         Raises:
-            ValueError: an index whose maps are not there yet.
+            ValueError: an index whose maps are not there yet, or of no image.
         """
         rows = np.asarray(indices, dtype=np.int64)
-        missing = {int(n) for n in np.unique(rows // self.chunk)} - self._done.keys()
-        if missing or (len(rows) and rows.min() < 0):
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.shape[0]:
             raise ValueError(
-                f"indices: {self.folder} has no maps of chunk {min(missing, default=-1)} yet; call"
-                " fill() first"
+                f"indices: expected 0 to {self.shape[0] - 1}, got {rows.min()} to {rows.max()}"
+            )
+        missing = {int(n) for n in np.unique(rows // self.chunk)} - self._done.keys()
+        if missing:
+            raise ValueError(
+                f"indices: {self.folder} has no maps of chunk {min(missing)} yet; call fill() first"
             )
         found = torch.from_numpy(np.asarray(self._mapped()[rows], dtype=np.float32))
         if tuple(found.shape[2:]) != self.image_size:
@@ -209,6 +224,8 @@ class ExplanationCache:
         torn = len(lines[-1])
         try:
             head, *rest = (json.loads(line) for line in lines[:-1])
+            if not isinstance(head, dict):
+                raise TypeError("its first line holds no settings")
             done = {int(entry["chunk"]): str(entry["sha256"]) for entry in rest}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -245,15 +262,7 @@ class ExplanationCache:
             )
 
     def _create(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"explanations: {self.folder} is a file, expected a folder")
-        strangers = [p.name for p in self.folder.glob("*")] if self.folder.is_dir() else []
-        strangers = [name for name in strangers if name != "maps.npy" and not name.startswith(".")]
-        if strangers:
-            raise ValueError(
-                f"explanations: {self.folder} holds something else ({strangers[0]}); choose another"
-                " folder"
-            )
+        check_folder(self.folder)
         make_folders(self.folder)
         # A file with holes: no more than what is written takes room.
         mapped = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
@@ -263,6 +272,18 @@ class ExplanationCache:
         self._maps = mapped
         sync_folder(self.folder)
         put(self._journal, json.dumps(self.identity).encode() + b"\n", "cache")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for one that a cache can neither be made in nor lie in."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"explanations: {folder} is a file, expected a folder")
+    names = [path.name for path in folder.glob("*")] if folder.is_dir() else []
+    strangers = [name for name in names if name != "maps.npy" and not name.startswith(".")]
+    if strangers and "maps.jsonl" not in names:
+        raise ValueError(
+            f"explanations: {folder} holds something else ({strangers[0]}); choose another folder"
+        )
 
 
 def _digest(maps: np.ndarray[Any, Any]) -> str:

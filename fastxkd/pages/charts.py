@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastxkd._extras import require
-from fastxkd.runs.numbers import finite
+from fastxkd.pages.numbers import finite
 
 # matplotlib writes fixed colours; these stand for CSS variables until the SVG is done. They differ
 # from every colour matplotlib uses by itself.

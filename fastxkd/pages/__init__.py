@@ -1,0 +1,1 @@
+"""What the pages of trainings and runs are made of: templates, charts, numbers in words."""
