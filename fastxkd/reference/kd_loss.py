@@ -14,8 +14,6 @@ With z = s/T, log q = log softmax(z), log p the teacher's, each divergence D has
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -143,6 +141,12 @@ def _weighted(p: Tensor, ratio: Tensor) -> Tensor:
     return torch.where(p == 0, 0, p * ratio)
 
 
+def _from_highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits less their row's highest, and log sum exp of those."""
+    logits = logits - logits.amax(1, keepdim=True)
+    return logits, logits.exp().sum(1, keepdim=True).log()
+
+
 def _divergence(
     student: Tensor, teacher: Tensor, divergence: int, beta: float
 ) -> tuple[Tensor, Tensor]:
@@ -157,11 +161,14 @@ def _divergence(
         value = u.sum(1)
         return value, u - q * value[:, None]
     if divergence == JSD:
-        # In log space: where both round to 0, the mixture's logarithm is still finite.
-        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
-        u = _weighted(q, log_q - log_m)
+        # From the gap of the logits: logarithms of p, q and m would be rounded before they cancel.
+        (t, log_p_mass), (s, log_q_mass) = _from_highest(teacher), _from_highest(student)
+        gap = (t - s) - (log_p_mass - log_q_mass)  # log p - log q, [rows, classes]
+        share = torch.where(gap > 0, gap.new_full((), 1 - beta), beta)
+        near = torch.log1p(share * torch.expm1(-gap.abs()))  # of the larger one to the mixture
+        u = _weighted(q, -near - gap.clamp(min=0))
         to_student = u.sum(1)
-        to_teacher = _weighted(p, log_p - log_m).sum(1)
+        to_teacher = _weighted(p, gap.clamp(max=0) - near).sum(1)
         value = beta * to_teacher + (1 - beta) * to_student
         return value, (1 - beta) * (u - q * to_student[:, None])
     difference = q - p
