@@ -16,7 +16,7 @@ from fastxkd.runs.reproduce.ledger import Ledger
 from fastxkd.runs.reproduce.page import render_page
 from fastxkd.runs.reproduce.statistics import interval, slope, t_quantile, t_within
 from fastxkd.runs.reproduce.table import Outcome, escaped, to_json, to_markdown, to_text
-from fastxkd.runs.reproduce.tasks import Context, Measurement, work_through
+from fastxkd.runs.reproduce.tasks import Context, Measurement, Training, work_through
 from fastxkd.runs.reproduce.watch import Watch
 from tests.conftest import needs
 
@@ -203,12 +203,12 @@ def test_the_ledger_knows_what_was_done_and_from_what(tmp_path):
         loaded = ledger.load("s/0/m", torch.nn.Linear(2, 2))
         assert torch.equal(loaded.weight, model.weight)
         assert not loaded.training
-        # A model counts only while its file is what it was.
+        # A model whose file is not what it was does not count; one without may not be needed.
         file = ledger.model_file("s/0/m")
         file.write_bytes(file.read_bytes()[:-1])
         assert ledger.known("s/0/m", {"lr": 1}) is None
         file.unlink()
-        assert ledger.known("s/0/m", {"lr": 1}) is None
+        assert ledger.known("s/0/m", {"lr": 1})
 
 
 def test_a_line_that_was_cut_short_does_not_count(tmp_path):
@@ -297,6 +297,63 @@ def test_work_is_done_once_unless_its_facts_change(tmp_path):
     assert calls == ["a", "b", "a", "a"]
     assert "plan: 2 pieces of work, 1 of them done before" in lines[0]
     assert "  1 x s/m" in lines[1]
+
+
+def test_what_was_made_from_other_weights_is_made_again(tmp_path):
+    needs("safetensors")
+    trained: list[str] = []
+    weight = 1.0
+
+    class Fitted:
+        def __init__(self, name: str, model: torch.nn.Linear, teacher: torch.nn.Linear | None):
+            self.name, self.model, self.teacher = name, model, teacher
+
+        def fit(self):
+            trained.append(self.name)
+            source = weight if self.teacher is None else self.teacher.weight.item() + 1
+            torch.nn.init.constant_(self.model.weight, source)
+            return [{"seconds": 0.0, "loss": 0.0}]
+
+    def training(name: str, *teachers: str) -> Training:
+        return Training(
+            f"s/{name}",
+            f"s/{name}",
+            {},
+            [f"s/{teacher}" for teacher in teachers],
+            lambda: torch.nn.Linear(1, 1, bias=False),
+            lambda model, models, context: Fitted(name, model, *models or [None]),  # type: ignore
+        )
+
+    def taken(models, context):
+        return {"weight": models[0].weight.item()}
+
+    def done() -> float:
+        trained.clear()
+        tasks = [
+            training("teacher"),
+            training("student", "teacher"),
+            Measurement("s/v", "s/v", {}, ["s/student"], taken),
+            Measurement("s/w", "s/w", {}, ["s/teacher"], taken),
+        ]
+        with Ledger(tmp_path, {}) as ledger:
+            context = Context(torch.device("cpu"), Watch.silent(), ledger)
+            return work_through(tasks, context)["s/v"]["weight"]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fastxkd.runs.reproduce.tasks.costs", lambda *_: {})
+        assert done() == 2
+        assert trained == ["teacher", "student"]
+        models = tmp_path / "models" / "s"
+        (models / "teacher.safetensors").unlink()
+        assert done() == 2
+        assert trained == [], "nothing is to be made from the teacher"
+        (models / "student.safetensors").write_bytes(b"cut")
+        assert done() == 2
+        assert trained == ["teacher", "student"]
+        weight = 5.0
+        (models / "teacher.safetensors").write_bytes(b"cut")
+        assert done() == 6
+        assert trained == ["teacher", "student"]
 
 
 def test_the_time_left_comes_from_what_was_measured():

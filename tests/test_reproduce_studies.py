@@ -73,6 +73,23 @@ def test_xdistillation_makes_everything_and_nothing_twice(tmp_path):
     run(xdistillation.XDistillationStudy(small_data(), XTINY), tmp_path, say=lines.append)
     assert not [line for line in lines if line.startswith("[")]
     assert (tmp_path / "claims.json").read_bytes() == before
+    # The journal alone makes the table; weights come again where something is made from them.
+    for file in (tmp_path / "models").rglob("*.safetensors"):
+        file.unlink()
+    (tmp_path / "claims.json").unlink()
+    lines.clear()
+    run(xdistillation.XDistillationStudy(small_data(), XTINY), tmp_path, say=lines.append)
+    assert not [line for line in lines if line.startswith("[")]
+    assert (tmp_path / "claims.json").read_bytes() == before
+    lost = "xdistillation/1/xdistilled"
+    for file in (tmp_path / "journal").iterdir():
+        kept = [x for x in file.read_text().splitlines() if json.loads(x)["key"] != lost]
+        file.write_text("".join(f"{line}\n" for line in kept))
+    lines.clear()
+    run(xdistillation.XDistillationStudy(small_data(), XTINY), tmp_path, say=lines.append)
+    begun = [line.split()[1] for line in lines if line.startswith("[")]
+    assert begun == ["fashion/1/large", lost]
+    assert (tmp_path / "claims.json").read_bytes() == before
 
 
 def test_studies_share_what_both_need(tmp_path):

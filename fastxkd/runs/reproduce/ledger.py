@@ -99,14 +99,15 @@ class Ledger:
         self._lock.release()
 
     def known(self, key: str, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was recorded under ``key`` for these facts; a model only while its file is whole."""
+        """What was recorded under ``key`` for these facts; not a model whose file was damaged."""
         entry = self._known.get(key)
         if entry is None or entry.get("facts") != digest(facts):
             return None
         file = entry.get("file")
         if file is not None:
+            path = self.model_file(key)
             try:
-                if list(stamp_of(self.model_file(key))) != file:
+                if path.exists() and list(stamp_of(path)) != file:
                     return None
             except ValueError:
                 return None

@@ -76,46 +76,57 @@ def work_through(tasks: Sequence[Task], context: Context) -> dict[str, dict[str,
     """Do what is not done yet, in order; returns the measurements by key."""
     trainings = {task.key: task for task in tasks if isinstance(task, Training)}
     ledger, watch = context.ledger, context.watch
-    done: dict[str, dict[str, Any]] = {}
     pending = _pending(tasks, ledger)
     watch.plan(tasks, pending, costs(pending, trainings, context))
-    for task in tasks:
-        facts = _facts(task, done)
-        entry = ledger.known(task.key, facts)
-        if entry is None:
+    while pending:
+        for task in pending:
             watch.begin(task.key, task.kind)
-            models = [_loaded(trainings[key], context) for key in task.needs]
-            began = time.monotonic()
-            if isinstance(task, Training):
-                entry = _train(task, facts, models, context)
-            else:
-                values = {
-                    name: float(value) if math.isfinite(value) else None
-                    for name, value in task.measure(models, context).items()
-                }
-                seconds = time.monotonic() - began
-                entry = ledger.record(task.key, task.kind, facts, seconds, values=values)
+            before, entry = ledger.last(task.key), _do(task, trainings, context)
             watch.end(entry["seconds"])
-        elif isinstance(task, Training):
-            # A kill may have come between the line and this.
-            ledger.forget(task.key)
-        done[task.key] = entry
+            if before is not None and before.get("fingerprint") != entry.get("fingerprint"):
+                # Other weights than those that later results were made from.
+                break
+        pending = _pending(tasks, ledger)
+    for key in trainings:
+        # A kill may have come between a model's line and this.
+        ledger.forget(key)
+    entries = {task.key: ledger.last(task.key) for task in tasks}
     return {
         key: {name: math.nan if v is None else v for name, v in entry["values"].items()}
-        for key, entry in done.items()
-        if "values" in entry
+        for key, entry in entries.items()
+        if entry is not None and "values" in entry
     }
 
 
 def _pending(tasks: Sequence[Task], ledger: Ledger) -> list[Task]:
     """What is to be done, if a model that is trained anew comes out as it was."""
     last = {task.key: entry for task in tasks if (entry := ledger.last(task.key)) is not None}
-    return [
-        task
-        for task in tasks
-        if not all(key in last for key in task.needs)
-        or ledger.known(task.key, _facts(task, last)) is None
-    ]
+    found: list[Task] = []
+    needed: set[str] = set()
+    for task in reversed(tasks):
+        known = all(key in last for key in task.needs) and ledger.known(
+            task.key, _facts(task, last)
+        )
+        # Weights that somebody took away are missed once something is to be made from them.
+        if not known or (task.key in needed and not ledger.model_file(task.key).exists()):
+            found.append(task)
+            needed.update(task.needs)
+    return found[::-1]
+
+
+def _do(task: Task, trainings: Mapping[str, Training], context: Context) -> dict[str, Any]:
+    ledger = context.ledger
+    made = {key: entry for key in task.needs if (entry := ledger.last(key)) is not None}
+    facts = _facts(task, made)
+    models = [_loaded(trainings[key], context) for key in task.needs]
+    if isinstance(task, Training):
+        return _train(task, facts, models, context)
+    began = time.monotonic()
+    values = {
+        name: float(value) if math.isfinite(value) else None
+        for name, value in task.measure(models, context).items()
+    }
+    return ledger.record(task.key, task.kind, facts, time.monotonic() - began, values=values)
 
 
 def _train(
