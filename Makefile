@@ -6,8 +6,9 @@ SOURCES := pyproject.toml setup.py constraints/ci.txt $(wildcard csrc/*.* csrc/*
 OUT ?= demo-run
 # Of the operators and of what calls them: under the sanitizers, and without a compiler.
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,kd_loss divergences dist cam distance principal concepts quantiles dissection)
-# Test files side by side; many kernels use threads of their own.
+# Tests side by side; many kernels use threads of their own.
 WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist
 
 .PHONY: demo test bench lint wheel sanitize nocompiler ci clean
 
@@ -15,7 +16,7 @@ demo: .venv/.cli
 	$(BIN)/fastxkd demo --out $(OUT)
 
 test: .venv/.test
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PARALLEL) loadfile
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(BENCH)
@@ -40,8 +41,8 @@ sanitize: .venv/.test
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  FASTXKD_SANITIZE=1 FASTXKD_FUZZ_CASES=40 OMP_WAIT_POLICY=passive \
-	  ../../$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider --capture=sys \
-	  $(KERNEL_TESTS) tests/test_fuzz.py
+	  ../../$(BIN)/python -m pytest $(PARALLEL) worksteal -m "not slow" -p no:cacheprovider \
+	  --capture=sys $(KERNEL_TESTS) tests/test_fuzz.py
 
 # A machine without a compiler: the package installs, says so, and runs on the reference. -S and the
 # path keep the checkout's own installation out, whose kernels would be found otherwise.

@@ -5,6 +5,7 @@ No GPU is needed: the source that nvcc compiles is compiled by g++, thread for t
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -38,16 +39,20 @@ def build(folder: Path, environment: dict[str, str]) -> Path:
     environment = {**environment, "FASTXKD_CPU": "0", "FASTXKD_CUDA": "0", "FASTXKD_EMULATOR": "1"}
     # The preloaded sanitizers are for the tests, not for the compiler.
     environment.pop("LD_PRELOAD", None)
-    made = subprocess.run(
-        [
-            *[sys.executable, "setup.py", "-q", "build_ext"],
-            *[f"--build-lib={folder}", f"--build-temp={folder / 'temp'}"],
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        # Tests of several files want it, which may run side by side.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = subprocess.run(
+            [
+                *[sys.executable, "setup.py", "-q", "build_ext"],
+                *[f"--build-lib={folder}", f"--build-temp={folder / 'temp'}"],
+            ],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     assert made.returncode == 0, made.stdout + made.stderr
     (path,) = (folder / "fastxkd").glob("_emulator.*")
     return path
@@ -970,6 +975,8 @@ def test_under_the_sanitizers() -> None:
     chosen = "boundary or strides or scale or rejects or options or (float64 and forward)"
     # Of DIST, whose launches are four to a case, what reaches every load and store.
     chosen = f"(not dist and ({chosen})) or (dist and (strides or many or everything))"
+    # The order of the warps moves no address.
+    chosen = f"({chosen}) and not reversed"
     under_the_sanitizers(__file__, chosen)
 
 

@@ -79,13 +79,10 @@ def work_through(tasks: Sequence[Task], context: Context) -> dict[str, dict[str,
     pending = _pending(tasks, ledger)
     watch.plan(tasks, pending, costs(pending, trainings, context))
     while pending:
-        for task in pending:
-            watch.begin(task.key, task.kind)
-            before, entry = ledger.last(task.key), _do(task, trainings, context)
-            watch.end(entry["seconds"])
-            if before is not None and before.get("fingerprint") != entry.get("fingerprint"):
-                # Other weights than those that later results were made from.
-                break
+        task = pending[0]
+        watch.begin(task.key, task.kind)
+        watch.end(_do(task, trainings, context)["seconds"])
+        # What is left depends on the weights that came out.
         pending = _pending(tasks, ledger)
     for key in trainings:
         # A kill may have come between a model's line and this.
@@ -99,16 +96,17 @@ def work_through(tasks: Sequence[Task], context: Context) -> dict[str, dict[str,
 
 
 def _pending(tasks: Sequence[Task], ledger: Ledger) -> list[Task]:
-    """What is to be done, if a model that is trained anew comes out as it was."""
+    """What is to be done, or may be, if it is made from what is not known yet."""
     last = {task.key: entry for task in tasks if (entry := ledger.last(task.key)) is not None}
     found: list[Task] = []
     needed: set[str] = set()
     for task in reversed(tasks):
-        known = all(key in last for key in task.needs) and ledger.known(
-            task.key, _facts(task, last)
-        )
+        if any(key not in last for key in task.needs):
+            found.append(task)
         # Weights that somebody took away are missed once something is to be made from them.
-        if not known or (task.key in needed and not ledger.model_file(task.key).exists()):
+        elif not ledger.known(task.key, _facts(task, last)) or (
+            task.key in needed and not ledger.model_file(task.key).exists()
+        ):
             found.append(task)
             needed.update(task.needs)
     return found[::-1]
