@@ -64,8 +64,8 @@ def test_xdistillation_makes_everything_and_nothing_twice(tmp_path):
     for claim in outcome.claims:
         for part in claim.parts:
             assert np.isfinite(part.values).all(), (claim.id, part.name)
-    # Teacher, its two students, four that are shown maps; for each seed.
-    assert len(list((tmp_path / "models").rglob("*.safetensors"))) == 14
+    # Teacher, its two students, one phi, four that are shown maps; for each seed.
+    assert len(list((tmp_path / "models").rglob("*.safetensors"))) == 16
     assert not list((tmp_path / "cache").iterdir()), "maps that nobody learns from any more"
     assert not list((tmp_path / "checkpoints").rglob("*.pt"))
     before = (tmp_path / "claims.json").read_bytes()
@@ -88,7 +88,7 @@ def test_xdistillation_makes_everything_and_nothing_twice(tmp_path):
     lines.clear()
     run(xdistillation.XDistillationStudy(small_data(), XTINY), tmp_path, say=lines.append)
     begun = [line.split()[1] for line in lines if line.startswith("[")]
-    assert begun == ["fashion/1/large", lost]
+    assert begun == ["fashion/1/large", "xdistillation/1/phi", lost]
     assert (tmp_path / "claims.json").read_bytes() == before
 
 

@@ -21,6 +21,7 @@ from fastxkd.train import (
     ExplainedStudent,
     ExplanationAutoencoder,
     MedTEXDistiller,
+    PhiTrainer,
     TeacherExplanations,
     TrainSettings,
     XDistiller,
@@ -491,6 +492,19 @@ def test_a_frozen_phi_keeps_every_bit():
     assert all(p.requires_grad for p in first.student.parameters())
     joint = make().fit()
     assert joint[0]["loss"] != first.history[0]["loss"]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_phi_trained_before_serves_like_one_trained_within(tmp_path, freeze):
+    within = make(freeze_phi=freeze)
+    within.fit()
+    phi = explained().phi
+    PhiTrainer(phi, Batches(), SETTINGS, epochs=2, checkpoint=tmp_path / "phi.pt").fit()
+    student = explained()
+    student.phi.load_state_dict(phi.state_dict())
+    make(student=student, freeze_phi=freeze, phi_epochs=0).fit()
+    assert same_weights(student, within.student)
+    assert not same_weights(make(phi_epochs=0, freeze_phi=freeze).student, within.student)
 
 
 def test_a_phi_that_came_frozen_is_not_trained():

@@ -18,7 +18,7 @@ from fastxkd.train.routing_tree import RoutingTree
 from fastxkd.train.sinks import CSVSink, JSONLSink, TensorBoardSink, WandbSink
 from fastxkd.train.teacher_maps import TeacherExplanations
 from fastxkd.train.virtual_attention import VirtualAttention, VirtualAttentionDistiller
-from fastxkd.train.xdistillation import XDistiller
+from fastxkd.train.xdistillation import PhiTrainer, XDistiller
 
 __all__ = [
     "CSVSink",
@@ -32,6 +32,7 @@ __all__ = [
     "KDExplainer",
     "KDExplainerDistiller",
     "MedTEXDistiller",
+    "PhiTrainer",
     "Progress",
     "Record",
     "RoutingTree",

@@ -18,7 +18,7 @@ from fastxkd.train.autoencoder import explanation_loss
 from fastxkd.train.distiller import Batches, Distiller, Progress, TrainSettings, _logits, expect
 from fastxkd.train.fusion import ExplainedStudent
 
-__all__ = ["XDistiller"]
+__all__ = ["PhiTrainer", "XDistiller"]
 
 
 class XDistiller(Distiller):
@@ -150,22 +150,18 @@ class XDistiller(Distiller):
             **common,
             **options,
         )
-        self._first: _PhiTrainer | None = None
+        self._first: PhiTrainer | None = None
         if student.phi is not None and phi_epochs:
-            self._first = _PhiTrainer(
+            self._first = PhiTrainer(
                 student.phi,
                 batches,
-                dataclasses.replace(
-                    settings,
-                    epochs=phi_epochs,
-                    lr=phi_lr,
-                    weight_decay=phi_weight_decay,
-                    label_smoothing=0.0,
-                ),
+                settings,
+                epochs=phi_epochs,
+                lr=phi_lr,
+                weight_decay=phi_weight_decay,
                 ssim_weight=ssim_weight,
-                identity={**(identity or {}), "ssim_weight": ssim_weight},
+                identity=identity,
                 checkpoint=_beside(self.checkpoint),
-                stage="phi",
                 **common,
             )
 
@@ -215,12 +211,41 @@ class XDistiller(Distiller):
         return loss
 
 
-class _PhiTrainer(Distiller):
-    """The first stage: phi alone, with Adam."""
+class PhiTrainer(Distiller):
+    """The first stage alone: phi, on :func:`explanation_loss` with the teacher's maps, with Adam.
 
-    def __init__(self, *given: Any, ssim_weight: float, **options: Any) -> None:
+    One phi may serve several students: an :class:`XDistiller` of a student that holds it goes on
+    from there with ``phi_epochs=0``, to the same weights as if it had trained phi itself.
+
+    Args:
+        phi: trained in place.
+        batches: as for :class:`XDistiller`.
+        settings: of the second stage, of which batch size, warm-up and seed hold here as well.
+        epochs, lr, weight_decay: of this stage.
+        ssim_weight: of ``1 - SSIM`` in the loss.
+        rest: as for :class:`Distiller`.
+    """
+
+    def __init__(
+        self,
+        phi: nn.Module,
+        batches: Batches,
+        settings: TrainSettings,
+        *,
+        epochs: int,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        ssim_weight: float = 0.0,
+        identity: Mapping[str, Any] | None = None,
+        stage: str = "phi",
+        **rest: Any,
+    ) -> None:
         self.ssim_weight = ssim_weight
-        super().__init__(*given, **options)
+        own = dataclasses.replace(
+            settings, epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=0.0
+        )
+        facts = {**(identity or {}), "ssim_weight": ssim_weight}
+        super().__init__(phi, batches, own, identity=facts, stage=stage, **rest)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(

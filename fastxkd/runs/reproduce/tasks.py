@@ -183,11 +183,6 @@ def costs(
 
 def probe(distiller: Distiller) -> float:
     """Seconds the whole training will take, from a few of its steps; what is trained is lost."""
-    first = getattr(distiller, "_first", None)
-    return _probed(distiller) + (0.0 if first is None else _probed(first))
-
-
-def _probed(distiller: Distiller) -> float:
     distiller.student.train()
     if distiller.teacher is not None:
         distiller.teacher.eval()

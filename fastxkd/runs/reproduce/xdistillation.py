@@ -36,7 +36,7 @@ from fastxkd.train.autoencoder import ExplanationAutoencoder
 from fastxkd.train.distiller import Distiller, TrainSettings, fingerprint
 from fastxkd.train.fusion import ExplainedStudent
 from fastxkd.train.teacher_maps import TeacherExplanations
-from fastxkd.train.xdistillation import XDistiller
+from fastxkd.train.xdistillation import PhiTrainer, XDistiller
 
 TEACHER, SCRATCH, KD = "large", "small", "direct"
 # How each student differs from the whole method.
@@ -86,7 +86,7 @@ class XDistillationStudy:
 
     def tasks(self, seed: int) -> list[Training | Measurement]:
         shared = self.models.trainings([SCRATCH, KD], seed)
-        own = [self._training(name, seed) for name in STUDENTS]
+        own = [self._phi(seed), *(self._training(name, seed) for name in STUDENTS)]
         keys = [self.models.key(name, seed) for name in (TEACHER, SCRATCH, KD)]
         measurement = Measurement(
             key=f"{NAME}/{seed}/fidelity",
@@ -96,11 +96,30 @@ class XDistillationStudy:
                 "samples": self.size.samples,
                 "steps": self.size.steps,
             },
-            needs=[*keys, *(training.key for training in own)],
+            needs=[*keys, *(training.key for training in own[1:])],
             measure=self._measure,
             guess=0.1 * self.size.samples,
         )
         return [*shared, *own, measurement]
+
+    def _phi(self, seed: int) -> Training:
+        """The first stage, which the students that have one share."""
+        size = self.size
+        settings = size.models.settings(seed, guided=True)
+        facts = {
+            **self.data.settings(),
+            **{name: getattr(settings, name) for name in ("batch_size", "warmup", "seed")},
+            "explainers": list(size.explainers),
+            "phi_epochs": size.phi_epochs,
+        }
+        return Training(
+            key=self._key("phi", seed),
+            kind=f"{NAME}/phi",
+            facts=facts,
+            needs=[self.models.key(TEACHER, seed)],
+            build=partial(self._autoencoder, seed),
+            prepare=partial(self._prepare_phi, settings=settings, facts=facts),
+        )
 
     def _training(self, name: str, seed: int) -> Training:
         size = self.size
@@ -112,22 +131,32 @@ class XDistillationStudy:
             "explainers": list(size.explainers),
             **options,
         }
+        needs = [self.models.key(TEACHER, seed)]
+        if options.pop("phi_epochs"):
+            needs.append(self._key("phi", seed))
         return Training(
-            key=f"{NAME}/{seed}/{name.replace(' ', '-')}",
+            key=self._key(name, seed),
             kind=f"{NAME}/{name}",
             facts=facts,
-            needs=[self.models.key(TEACHER, seed)],
+            needs=needs,
             build=partial(self._build, seed),
             prepare=partial(
                 self._prepare, settings=settings, options=options, stage=name, facts=facts
             ),
         )
 
-    def _build(self, seed: int) -> ExplainedStudent:
-        student = self.models.build(SCRATCH, seed)()
+    def _key(self, name: str, seed: int) -> str:
+        return f"{NAME}/{seed}/{name.replace(' ', '-')}"
+
+    def _autoencoder(self, seed: int) -> ExplanationAutoencoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            phi = ExplanationAutoencoder(self.data.channels, maps=len(self.size.explainers))
+            return ExplanationAutoencoder(self.data.channels, maps=len(self.size.explainers))
+
+    def _build(self, seed: int) -> ExplainedStudent:
+        student, phi = self.models.build(SCRATCH, seed)(), self._autoencoder(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             return ExplainedStudent(student, phi, fusion=self.size.fusion)
 
     def _explanations(self, teacher: nn.Module) -> TeacherExplanations:
@@ -147,20 +176,13 @@ class XDistillationStudy:
         facts: Mapping[str, Any],
     ) -> Distiller:
         assert isinstance(model, ExplainedStudent)
-        (teacher,) = teachers
-        common: dict[str, Any] = {
-            "batch_size": settings.batch_size,
-            "seed": settings.seed,
-            "device": context.device,
-        }
-        batches: TrainBatches
-        if context.rehearsal:
-            batches = _Blank(self.data, maps=len(self.size.explainers), **common)
-        else:
-            batches = ExplainedBatches(self.data, self._maps(teacher, context), **common)
+        teacher, *phi = teachers
+        if phi:
+            assert model.phi is not None
+            model.phi.load_state_dict(phi[0].state_dict())
         return XDistiller(
             model,
-            batches,
+            self._batches(teacher, settings, context),
             settings,
             teacher=teacher,
             device=context.device,
@@ -168,8 +190,42 @@ class XDistillationStudy:
             identity=facts,
             stage=stage,
             progress=context.watch,
+            phi_epochs=0,
             **options,
         )
+
+    def _prepare_phi(
+        self,
+        model: nn.Module,
+        teachers: Sequence[nn.Module],
+        context: Context,
+        *,
+        settings: TrainSettings,
+        facts: Mapping[str, Any],
+    ) -> Distiller:
+        (teacher,) = teachers
+        return PhiTrainer(
+            model,
+            self._batches(teacher, settings, context),
+            settings,
+            epochs=self.size.phi_epochs,
+            device=context.device,
+            checkpoint=context.checkpoint,
+            identity=facts,
+            progress=context.watch,
+        )
+
+    def _batches(
+        self, teacher: nn.Module, settings: TrainSettings, context: Context
+    ) -> TrainBatches:
+        common: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "seed": settings.seed,
+            "device": context.device,
+        }
+        if context.rehearsal:
+            return _Blank(self.data, maps=len(self.size.explainers), **common)
+        return ExplainedBatches(self.data, self._maps(teacher, context), **common)
 
     def _maps(self, teacher: nn.Module, context: Context) -> ExplanationCache:
         return explanation_cache(
