@@ -504,7 +504,14 @@ def test_a_phi_trained_before_serves_like_one_trained_within(tmp_path, freeze):
     student.phi.load_state_dict(phi.state_dict())
     make(student=student, freeze_phi=freeze, phi_epochs=0).fit()
     assert same_weights(student, within.student)
-    assert not same_weights(make(phi_epochs=0, freeze_phi=freeze).student, within.student)
+    without = make(phi_epochs=0, freeze_phi=freeze)
+    without.fit()
+    assert not same_weights(without.student, within.student)
+
+
+def test_the_first_stage_alone_refuses_a_negative_weight():
+    with pytest.raises(ValueError, match="ssim_weight"):
+        PhiTrainer(explained().phi, Batches(), SETTINGS, epochs=1, ssim_weight=-1.0)
 
 
 def test_a_phi_that_came_frozen_is_not_trained():

@@ -212,18 +212,26 @@ class XDistiller(Distiller):
 
 
 class PhiTrainer(Distiller):
-    """The first stage alone: phi, on :func:`explanation_loss` with the teacher's maps, with Adam.
+    r"""XDistillation's first stage alone: Adam on :math:`L_{exp}(\phi(x), E_T(x))`.
 
-    One phi may serve several students: an :class:`XDistiller` of a student that holds it goes on
-    from there with ``phi_epochs=0``, to the same weights as if it had trained phi itself.
+    :math:`L_{exp}` is :func:`explanation_loss`. One phi may serve several students: an
+    :class:`XDistiller` of a student that holds it goes on from there with ``phi_epochs=0``, to the
+    same weights as if it had trained phi itself. An interpretation, as all of that class.
 
     Args:
-        phi: trained in place.
-        batches: as for :class:`XDistiller`.
-        settings: of the second stage, of which batch size, warm-up and seed hold here as well.
+        phi: images ``[n, c, h, w]`` to maps ``[n, k, h, w]`` in [0, 1], such as
+            :class:`ExplanationAutoencoder`; trained in place.
+        batches: as for :class:`XDistiller`, maps of the shape of phi's.
+        settings: of the second stage, of which batch size, warm-up, seed and ``amp`` hold here as
+            well. The loss is float32 with ``amp``, too.
         epochs, lr, weight_decay: of this stage.
-        ssim_weight: of ``1 - SSIM`` in the loss.
-        rest: as for :class:`Distiller`.
+        ssim_weight: of ``1 - SSIM`` in the loss, 0 or more.
+        identity, stage, rest: as for :class:`Distiller`.
+
+    Raises:
+        ValueError, TypeError: numbers out of range; in ``fit``, batches without maps.
+
+    Source: Alharbi, Vu and Thai 2021, who say nothing of the stage's details.
     """
 
     def __init__(
@@ -240,6 +248,7 @@ class PhiTrainer(Distiller):
         stage: str = "phi",
         **rest: Any,
     ) -> None:
+        check_factors(ssim_weight=ssim_weight)
         self.ssim_weight = ssim_weight
         own = dataclasses.replace(
             settings, epochs=epochs, lr=lr, weight_decay=weight_decay, label_smoothing=0.0

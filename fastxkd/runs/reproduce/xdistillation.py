@@ -86,7 +86,7 @@ class XDistillationStudy:
 
     def tasks(self, seed: int) -> list[Training | Measurement]:
         shared = self.models.trainings([SCRATCH, KD], seed)
-        own = [self._phi(seed), *(self._training(name, seed) for name in STUDENTS)]
+        students = [self._training(name, seed) for name in STUDENTS]
         keys = [self.models.key(name, seed) for name in (TEACHER, SCRATCH, KD)]
         measurement = Measurement(
             key=f"{NAME}/{seed}/fidelity",
@@ -96,11 +96,11 @@ class XDistillationStudy:
                 "samples": self.size.samples,
                 "steps": self.size.steps,
             },
-            needs=[*keys, *(training.key for training in own[1:])],
+            needs=[*keys, *(student.key for student in students)],
             measure=self._measure,
             guess=0.1 * self.size.samples,
         )
-        return [*shared, *own, measurement]
+        return [*shared, self._phi(seed), *students, measurement]
 
     def _phi(self, seed: int) -> Training:
         """The first stage, which the students that have one share."""
